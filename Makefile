@@ -1,0 +1,39 @@
+# Every target works from a clean checkout and installs again only when pyproject.toml or constraints.txt change.
+# PyPI's Linux torch is a CUDA build: to get the CPU one, configure pip with its wheels or index before the first run.
+PYTHON := $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+DEMO := $(VENV)/.installed-demo
+TEST := $(VENV)/.installed-test
+
+.PHONY: demo test lint bench clean
+
+demo: $(DEMO)
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: $(TEST)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(DEMO)
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# pip, not python, marks a whole environment: a venv that fails half-way leaves python behind.
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(DEMO): pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) -e '.[transformers]'
+	touch $@
+
+$(TEST): pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) -e '.[transformers,test]'
+	touch $(DEMO) $@

@@ -1,0 +1,1 @@
+"""cpcompile: optimal, proven and explained token parallelism for tensor-parallel DeepSeek inference."""

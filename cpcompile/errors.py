@@ -1,0 +1,45 @@
+"""Errors that a user can act on: one line each, saying what was expected, what was found and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CpcompileError(ValueError):
+    """Base of every error that cpcompile raises for a user to act on."""
+
+
+class OptionError(CpcompileError):
+    """An option is unknown or has a value that it cannot take."""
+
+
+class AxisError(CpcompileError):
+    """A mesh axis, a process group and the graph do not agree."""
+
+
+class PlanError(CpcompileError):
+    """A saved plan cannot be read, or does not belong to this graph."""
+
+
+class TraceError(CpcompileError):
+    """A model, a trace file or a configuration cannot be captured."""
+
+
+class RequirementError(CpcompileError):
+    """Something that ``require`` names was not rewritten, or a proof failed under ``require``."""
+
+
+class VerificationError(CpcompileError):
+    """A rewritten graph could not be proven equal to the original one."""
+
+
+class ParameterChangedError(CpcompileError):
+    """A parameter whose replication was established at compile time was replaced afterwards."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the closest of ``known``, or the list of what is known."""
+    options = sorted(known)
+    close = difflib.get_close_matches(name, options, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(options)})"

@@ -1,0 +1,156 @@
+"""A plan as data: which placement each value has, per interval of the token count, on each mesh axis.
+
+A plan can be printed, saved as JSON, loaded, compared and applied; nothing in it refers to a live graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cpcompile.errors import PlanError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One best plan and the token counts that it is best for.
+
+    Args:
+        first: least token count, inclusive.
+        last: greatest token count, inclusive; None is unbounded.
+        labels: node name → ``"P"`` or ``"S"``; nodes that are not named are whole (``"R"``).
+        raises: value name → collectives that raise it: ``"scatter"``, ``"gather"``, ``"scatter+gather"``, ``"reduce"``.
+        solver: which solver answered.
+        cost_s: seconds that the placed part of the step takes at ``at`` tokens, by the cost model.
+        unchanged_s: the same for the graph as it came.
+        bound_s: no plan takes less; equal to ``cost_s`` where the plan is proven optimal.
+        at: token count at which the costs are stated.
+    """
+
+    first: int
+    last: int | None
+    labels: Mapping[str, str]
+    raises: Mapping[str, str]
+    solver: str
+    cost_s: float
+    unchanged_s: float
+    bound_s: float
+    at: int
+
+    def holds(self, tokens: int) -> bool:
+        """Whether this interval is the one for ``tokens`` tokens."""
+        return self.first <= tokens and (self.last is None or tokens <= self.last)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the graph runs as it came: every all-reduce stays where it is, nothing is sharded."""
+        return not self.labels and set(self.raises.values()) <= {"reduce"}
+
+
+@dataclass(frozen=True)
+class AxisPlan:
+    """The placements on one mesh axis.
+
+    Args:
+        axis: the axis's name.
+        size: number of ranks.
+        tokens: the token count as the graph writes it (``"s27"``), or its static value.
+        graph: fingerprint of the graph that the plan was made for.
+        strategy: the strategy that was asked for.
+        profile: name of the hardware profile.
+        intervals: by ascending token count, without gaps from 0.
+        refused: why nothing was placed, if nothing was.
+    """
+
+    axis: str
+    size: int
+    tokens: str
+    graph: str
+    strategy: str
+    profile: str
+    intervals: tuple[Interval, ...]
+    refused: str = ""
+
+    def at(self, tokens: int) -> Interval:
+        """The interval that holds ``tokens``."""
+        for interval in self.intervals:
+            if interval.holds(tokens):
+                return interval
+        raise PlanError(f"the plan of axis {self.axis!r} has no interval for {tokens} tokens: make a new plan")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan for every mesh axis of a graph, in the order in which the axes are rewritten."""
+
+    axes: tuple[AxisPlan, ...] = field(default=())
+
+    def to_json(self) -> str:
+        """The plan as JSON text with sorted keys."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, sort_keys=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to ``path``."""
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan back. Raises :class:`PlanError` if ``text`` is not one."""
+        try:
+            data = json.loads(text)
+            if data.pop("format") != FORMAT:
+                raise PlanError(f"the plan's format is not {FORMAT}: make it again with this version")
+            axes = []
+            for axis in data["axes"]:
+                intervals = tuple(Interval(**interval) for interval in axis.pop("intervals"))
+                axes.append(AxisPlan(intervals=intervals, **axis))
+            return cls(tuple(axes))
+        except PlanError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise PlanError(f"not a plan: {type(error).__name__}: {error}; save one with Plan.save") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan from a file. Raises :class:`PlanError` if it is missing or not a plan."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"cannot read the plan {path}: {error.strerror}") from error
+
+    def diff(self, other: Plan) -> list[str]:
+        """Differences to ``other``, one line each; empty if both place everything alike."""
+        lines = []
+        ours, theirs = {a.axis: a for a in self.axes}, {a.axis: a for a in other.axes}
+        for name in sorted(ours.keys() | theirs.keys()):
+            if name not in ours or name not in theirs:
+                lines.append(f"axis {name}: only in {'the first' if name in ours else 'the second'} plan")
+                continue
+            lines += [f"axis {name}: {line}" for line in _axis_diff(ours[name], theirs[name])]
+        return lines
+
+
+def _axis_diff(a: AxisPlan, b: AxisPlan) -> list[str]:
+    lines = [
+        f"{key}: {getattr(a, key)} -> {getattr(b, key)}"
+        for key in ("size", "graph", "strategy", "profile")
+        if getattr(a, key) != getattr(b, key)
+    ]
+    spans = [[(i.first, i.last) for i in plan.intervals] for plan in (a, b)]
+    if spans[0] != spans[1]:
+        return [*lines, f"intervals: {spans[0]} -> {spans[1]}"]
+    for i, j in zip(a.intervals, b.intervals, strict=True):
+        for node in sorted(i.labels.keys() | j.labels.keys()):
+            old, new = i.labels.get(node, "R"), j.labels.get(node, "R")
+            if old != new:
+                lines.append(f"T in [{i.first}, {i.last}]: {node}: {old} -> {new}")
+        for value in sorted(i.raises.keys() | j.raises.keys()):
+            old, new = i.raises.get(value, "none"), j.raises.get(value, "none")
+            if old != new:
+                lines.append(f"T in [{i.first}, {i.last}]: collectives of {value}: {old} -> {new}")
+    return lines

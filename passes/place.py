@@ -1,0 +1,167 @@
+"""Place: choose a placement for every value of one axis so that communication and computation take least time.
+
+The optimum is found at the ends of the range of token counts and, where the two plans differ, at the token count at
+which they cost the same, until no better plan turns up in between (Eisner and Severance, "Mathematical techniques
+for efficient record segmentation in large shared databases", 1976): the intervals of T with their best plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cpcompile.costs import PICOSECONDS, HardwareProfile
+from cpcompile.plan import AxisPlan, Interval
+from cpcompile.passes.mincut import LABELS, P, R, S, Solution, available_levels, cost_of, raise_route, solve
+from cpcompile.passes.placement_problem import PlacementGraph, Polynomial, evaluate, latency_free
+
+MANY_TOKENS = 1 << 20
+LARGE_STEP = 1 << 16
+MOST_SOLVES = 12
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A labelling that was the optimum at ``at`` tokens, and its cost as a function of T."""
+
+    at: int
+    solution: Solution
+    raises: tuple[str, ...]
+    seconds: Callable[[int], float]
+
+
+def place(graph: PlacementGraph, hardware: HardwareProfile, strategy: str, fingerprint: str) -> AxisPlan:
+    """Make the plan of one axis.
+
+    Args:
+        graph: choices, values and uses.
+        hardware: the machine's profile.
+        strategy: ``"auto"`` (best plan per interval of T) or ``"tp"`` (the plan of a large step, at every T).
+        fingerprint: identifies the graph.
+    """
+    tokens = graph.known.tokens
+    static = int(tokens) if tokens is not None and tokens.is_number else None
+    if strategy == "tp":
+        free = latency_free(hardware)
+        best = _optimum(graph, free, static or LARGE_STEP)
+        pieces = [(0, None, best)]
+        hardware = free
+    elif static is not None:
+        pieces = [(0, None, _optimum(graph, hardware, static))]
+    else:
+        pieces = _intervals(graph, hardware)
+    intervals = tuple(_interval(graph, hardware, *piece) for piece in pieces)
+    axis = graph.known.axis
+    return AxisPlan(axis.name, axis.size, str(tokens), fingerprint, strategy, hardware.name, intervals)
+
+
+def _optimum(graph: PlacementGraph, hardware: HardwareProfile, tokens: int) -> Candidate:
+    problem = graph.problem(tokens, hardware)
+    solution = solve(problem)
+    levels = available_levels(problem, solution.labels)
+    raises = tuple(
+        raise_route(value, solution.labels[value.op], level)[1]
+        for value, level in zip(problem.values, levels, strict=True)
+    )
+    return Candidate(tokens, solution, raises, _cost_function(graph, hardware, solution.labels, raises))
+
+
+def _cost_function(
+    graph: PlacementGraph, hardware: HardwareProfile, labels: tuple[int, ...], raises: tuple[str, ...]
+) -> Callable[[int], float]:
+    """Seconds of a labelling in T: a polynomial for whole values, and one for what a shard's padding stretches."""
+    size = graph.known.axis.size
+    whole: list[float] = [0.0, 0.0, 0.0, 0.0]
+    stretched: list[float] = [0.0, 0.0, 0.0, 0.0]
+
+    def add(to: list[float], polynomial: Polynomial, factor: float, shift: int = 0) -> None:
+        for power, c in enumerate(polynomial):
+            to[min(power + shift, 3)] += c * factor
+
+    for choice, label in zip(graph.choices, labels, strict=True):
+        if not choice.reduced:
+            add(stretched if label == S else whole, choice.seconds, 1 / size if label == S else 1.0)
+    for (_, per_token), route in zip(graph.values.values(), raises, strict=True):
+        if route == "reduce":
+            whole[0] += hardware.all_reduce_latency
+            add(whole, per_token, 2 * (size - 1) / size / hardware.bandwidth, shift=1)
+        elif route:
+            steps = route.count("+") + 1
+            whole[0] += steps * hardware.latency
+            add(stretched, per_token, steps * (size - 1) / size / hardware.bandwidth, shift=1)
+
+    def seconds(tokens: int) -> float:
+        padded = -(-tokens // size) * size
+        return evaluate(tuple(whole), tokens) + evaluate(tuple(stretched), tokens) * padded / max(tokens, 1)
+
+    return seconds
+
+
+def _intervals(graph: PlacementGraph, hardware: HardwareProfile) -> list[tuple[int, int | None, Candidate]]:
+    """Pieces ``(first, last, candidate)`` by ascending T, from 0, without gaps."""
+    solves = 2
+    found = {t: _optimum(graph, hardware, t) for t in (1, MANY_TOKENS)}
+    pending = [(1, MANY_TOKENS)]
+    while pending and solves < MOST_SOLVES:
+        low, high = pending.pop()
+        a, b = found[low], found[high]
+        if a.solution.labels == b.solution.labels:
+            continue
+        middle = _crossing(a.seconds, b.seconds, low, high)
+        if middle is None or middle in found:
+            continue
+        solves += 1
+        best = _optimum(graph, hardware, middle)
+        if best.seconds(middle) < min(a.seconds(middle), b.seconds(middle)) * (1 - 1e-9):
+            found[middle] = best
+            pending += [(low, middle), (middle, high)]
+    return _envelope([found[t] for t in sorted(found)])
+
+
+def _crossing(a: Callable[[int], float], b: Callable[[int], float], low: int, high: int) -> int | None:
+    """The last token count in ``[low, high)`` at which ``a`` still costs no more than ``b``; None if there is none."""
+    if a(low) > b(low) or a(high) <= b(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if a(middle) <= b(middle) else (low, middle)
+    return low
+
+
+def _envelope(candidates: list[Candidate]) -> list[tuple[int, int | None, Candidate]]:
+    """Neighbouring candidates meet where their costs cross; equal labellings become one piece."""
+    pieces: list[tuple[int, int | None, Candidate]] = []
+    first = 0
+    for a, b in zip(candidates, candidates[1:], strict=False):
+        if a.solution.labels == b.solution.labels and a.raises == b.raises:
+            continue
+        last = _crossing(a.seconds, b.seconds, a.at, b.at)
+        last = a.at if last is None else last
+        pieces.append((first, last, a))
+        first = last + 1
+    return [*pieces, (first, None, candidates[-1])]
+
+
+def _interval(
+    graph: PlacementGraph, hardware: HardwareProfile, first: int, last: int | None, best: Candidate
+) -> Interval:
+    problem = graph.problem(best.at, hardware)
+    unchanged = cost_of(problem, [P if choice.reduced else R for choice in graph.choices])
+    assert unchanged is not None
+    labels = {
+        choice.node.name: LABELS[label]
+        for choice, label in zip(graph.choices, best.solution.labels, strict=True)
+        if label != R and not choice.reduced
+    }
+    raises = {node.name: route for node, route in zip(graph.values, best.raises, strict=True) if route}
+    return Interval(
+        first,
+        last,
+        labels,
+        raises,
+        best.solution.solver,
+        best.solution.cost / PICOSECONDS,
+        unchanged / PICOSECONDS,
+        best.solution.bound / PICOSECONDS,
+        best.at,
+    )

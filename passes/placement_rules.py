@@ -1,0 +1,402 @@
+"""The one table of what ops do to tokens: which are row-wise (each output row from the same input rows), which are linear.
+
+An op that is not in the table mixes tokens, with that as the recorded reason; nothing is guessed. Every row says
+where its knowledge comes from, and ``tests/test_placement_rules.py`` holds each aten row against DTensor's own
+sharding propagation.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.fx as fx
+
+from cpcompile.passes.token_layout import ONE, Expr, Shape, TokenDim, through_view
+
+Layouts = Mapping[fx.Node, tuple[TokenDim | None, ...]]
+
+
+class Unused:
+    """Demand of an operand whose data the op does not read (``new_ones``, ``sym_size``): any copy will do."""
+
+
+UNUSED = Unused()
+Demand = TokenDim | None | Unused
+
+
+@dataclass(frozen=True)
+class RowWise:
+    """The op computes each row from the same row of its operands.
+
+    Args:
+        operands: per tensor operand, where its rows lie, ``None`` if every row needs all of it, or ``UNUSED``.
+        outputs: per output, where the rows lie.
+        size_arg: position of a size list in ``args`` that names the token dim and must be made local in a shard.
+        identity: the op passes its input on unchanged (a slice over all tokens).
+    """
+
+    operands: Mapping[fx.Node, Demand]
+    outputs: tuple[TokenDim | None, ...]
+    size_arg: int | None = None
+    identity: bool = False
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """The op needs whole operands, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """One op call as the rules see it: its operands' shapes and token dims, and its outputs' shapes."""
+
+    node: fx.Node
+    tokens: Expr
+    layouts: Layouts
+    shapes: Mapping[fx.Node, tuple[Shape, ...]]
+
+    def shape(self, node: fx.Node) -> Shape:
+        return self.shapes[node][0]
+
+    def layout(self, node: object) -> TokenDim | None:
+        known = self.layouts.get(node) if isinstance(node, fx.Node) else None
+        return known[0] if known else None
+
+    def arg(self, index: int, name: str, default: object = None) -> object:
+        if index < len(self.node.args):
+            return self.node.args[index]
+        return self.node.kwargs.get(name, default)
+
+    def dims(self, index: int, name: str) -> list[int]:
+        """A dim or list of dims among the arguments; ``[]`` where absent."""
+        value = self.arg(index, name)
+        if value is None:
+            return []
+        return list(value) if isinstance(value, list | tuple) else [value]  # type: ignore[list-item]
+
+    @property
+    def tensors(self) -> list[fx.Node]:
+        return [n for n in self.node.all_input_nodes if self.shapes.get(n)]
+
+    @property
+    def out(self) -> Shape:
+        return self.shapes[self.node][0]
+
+
+Rule = Callable[[Call], RowWise | Mixing]
+
+
+@dataclass(frozen=True)
+class OpRule:
+    """A row of the table.
+
+    Args:
+        rule: what the op does to token dims.
+        source: where that is documented.
+        linear: ``"additive"`` (a sum of partial operands is a partial result), ``"homogeneous"`` (linear in one
+            operand, the others constant) or ``""``.
+    """
+
+    rule: Rule = field(repr=False)
+    source: str
+    linear: str = ""
+
+
+def _dim(value: object, ndim: int) -> int:
+    assert isinstance(value, int), value
+    return value + ndim if value < 0 else value
+
+
+def _first(rule: Callable[[Call, Shape, TokenDim], tuple[TokenDim, bool] | TokenDim | Mixing], size_arg: int | None = None) -> Rule:
+    """A rule in the first operand's shape and token dim that says where its rows end up; other operands stay whole.
+
+    ``rule`` returns the token dim of every output, or that and whether the op is the identity on the tokens.
+    """
+
+    def applied(call: Call) -> RowWise | Mixing:
+        source = call.tensors[0]
+        layout = call.layout(source)
+        if layout is None:
+            return Mixing("its first operand carries no tokens")
+        out = rule(call, call.shape(source), layout)
+        if isinstance(out, Mixing):
+            return out
+        out, identity = out if isinstance(out, tuple) else (out, False)
+        demands: dict[fx.Node, Demand] = {n: None for n in call.tensors} | {source: layout}
+        return RowWise(demands, (out,) * len(call.shapes[call.node]), size_arg, identity)
+
+    return applied
+
+
+def _aligned(call: Call, out: Shape, operands: list[fx.Node]) -> tuple[TokenDim, dict[fx.Node, Demand]] | Mixing:
+    """Operands broadcast against ``out``: the one dim on which all token-carrying operands agree."""
+    found: TokenDim | None = None
+    for node in operands:
+        layout = call.layout(node)
+        if layout is None:
+            continue
+        here = layout.shifted(len(out) - len(call.shape(node)))
+        if call.shape(node)[layout.dim] != out[here.dim]:
+            return Mixing("the token dim is broadcast against a longer one")
+        if found not in (None, here):
+            return Mixing("operands carry their tokens on different dims")
+        found = here
+    if found is None:
+        return Mixing("no operand carries tokens")
+    demands: dict[fx.Node, Demand] = {}
+    for node in operands:
+        shape = call.shape(node)
+        dim = found.dim - (len(out) - len(shape))
+        known = call.layout(node)
+        broadcast = dim < 0 or (known is None and shape[dim] == ONE)
+        demands[node] = None if broadcast else TokenDim(dim, found.outer, found.inner)
+    return found, demands
+
+
+def pointwise(call: Call) -> RowWise | Mixing:
+    """Elementwise with broadcasting."""
+    aligned = _aligned(call, call.out, call.tensors)
+    if isinstance(aligned, Mixing):
+        return aligned
+    return RowWise(aligned[1], (aligned[0],) * len(call.shapes[call.node]))
+
+
+def view(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
+    out = through_view(shape, call.out, layout, call.tokens)
+    return Mixing("the tokens would be split over several dims") if out is None else out
+
+
+def expand(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
+    out = layout.shifted(len(call.out) - len(shape))
+    return out if call.out[out.dim] == shape[layout.dim] else Mixing("the token dim is expanded")
+
+
+def permute(call: Call, shape: Shape, layout: TokenDim) -> TokenDim:
+    order = [_dim(d, len(shape)) for d in call.dims(1, "dims")]
+    return TokenDim(order.index(layout.dim), layout.outer, layout.inner)
+
+
+def transpose(call: Call, shape: Shape, layout: TokenDim) -> TokenDim:
+    a, b = _dim(call.arg(1, "dim0"), len(shape)), _dim(call.arg(2, "dim1"), len(shape))
+    return TokenDim({a: b, b: a}.get(layout.dim, layout.dim), layout.outer, layout.inner)
+
+
+def t(call: Call, shape: Shape, layout: TokenDim) -> TokenDim:
+    return TokenDim(len(shape) - 1 - layout.dim, layout.outer, layout.inner)
+
+
+def unsqueeze(call: Call, shape: Shape, layout: TokenDim) -> TokenDim:
+    return layout.shifted(_dim(call.arg(1, "dim"), len(shape) + 1) <= layout.dim)
+
+
+def squeeze(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
+    gone = [d for d in (_dim(w, len(shape)) for w in call.dims(1, "dim")) if shape[d] == ONE]
+    if layout.dim in gone:
+        return Mixing("the token dim is squeezed away")
+    return layout.shifted(-sum(d < layout.dim for d in gone))
+
+
+def select(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
+    dim = _dim(call.arg(1, "dim"), len(shape))
+    return Mixing("selects some tokens") if dim == layout.dim else layout.shifted(-(dim < layout.dim))
+
+
+def slice_(call: Call, shape: Shape, layout: TokenDim) -> tuple[TokenDim, bool] | Mixing:
+    if _dim(call.arg(1, "dim", 0), len(shape)) != layout.dim:
+        return layout, False
+    whole = call.out == shape and call.arg(4, "step", 1) == 1
+    return (layout, True) if whole else Mixing("takes some of the tokens")
+
+
+def _along(index: int, name: str, default: int | None = None) -> Rule:
+    """Row-wise in the first operand as long as the dim that the op works along is not the token dim."""
+
+    def rule(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
+        along = _dim(call.arg(index, name, default), len(shape))
+        return Mixing("works along the token dim") if along == layout.dim else layout
+
+    return _first(rule)
+
+
+def _aligned_along(index: int, name: str) -> Rule:
+    """Like ``_along`` for ops whose tensor operands (index, source) run in step with the first."""
+
+    def rule(call: Call) -> RowWise | Mixing:
+        aligned = _aligned(call, call.out, call.tensors)
+        if isinstance(aligned, Mixing):
+            return aligned
+        found, demands = aligned
+        if _dim(call.arg(index, name), len(call.out)) == found.dim:
+            return Mixing("works along the token dim")
+        if any(call.shape(n)[found.dim] != call.out[found.dim] for n in call.tensors):
+            return Mixing("operands have different token counts")
+        return RowWise(demands, (found,))
+
+    return rule
+
+
+def cat(call: Call) -> RowWise | Mixing:
+    return _aligned_along(1, "dim")(call) if len(call.node.args) > 1 or call.node.kwargs else Mixing("joins tokens")
+
+
+def reduction(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
+    reduced = [_dim(d, len(shape)) for d in call.dims(1, "dim") or range(len(shape))]
+    if layout.dim in reduced:
+        return Mixing("reduces over the tokens")
+    return layout if len(call.out) == len(shape) else layout.shifted(-sum(d < layout.dim for d in reduced))
+
+
+def norm(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
+    """Normalisation over trailing dims: ``(input, normalized_shape, weight, …)``."""
+    first = len(shape) - len(call.dims(1, "normalized_shape"))
+    return Mixing("normalises over the tokens") if layout.dim >= first else layout
+
+
+def matmul(call: Call) -> RowWise | Mixing:
+    """``mm``, ``bmm``, ``linear`` and ``addmm``: rows of the left operand, or batches of both."""
+    args = [a for a in call.node.args if isinstance(a, fx.Node)]
+    if "addmm" in str(call.node.target):
+        bias, left, right = args[:3]
+        others = {bias: None} if len(call.shape(bias)) == 1 else None
+        if others is None:
+            return Mixing("adds a matrix to a product")
+    else:
+        left, right = args[:2]
+        others = {extra: None for extra in args[2:]}
+    a, b = call.layout(left), call.layout(right)
+    ndim = len(call.shape(left))
+    if left is right:
+        return Mixing("multiplies a value with itself")
+    batched = "bmm" in str(call.node.target)
+    if a is not None and batched and a.dim == 0 and b in (None, a):
+        return RowWise({left: a, right: a}, (a,))
+    if a is not None and b is None and a.dim < ndim - 1:
+        return RowWise({left: a, right: None, **others}, (a,))
+    if a is None and b is not None and b.dim == ndim - 1 and "linear" not in str(call.node.target):
+        return RowWise({left: None, right: b, **others}, (b,)) if not others else Mixing("bias along the tokens")
+    return Mixing("multiplies tokens with tokens")
+
+
+def embedding(call: Call) -> RowWise | Mixing:
+    weight, indices = call.tensors[:2]
+    layout = call.layout(indices)
+    if layout is None:
+        return Mixing("looks up rows of a token table")
+    return RowWise({weight: None, indices: layout}, (layout,))
+
+
+def data_free(call: Call) -> RowWise | Mixing:
+    """Reads only its operand's shape, dtype and device; the result is the same whatever the operand's placement."""
+    return RowWise({n: UNUSED for n in call.tensors}, (None,) * len(call.shapes[call.node]))
+
+
+def getitem(call: Call) -> RowWise | Mixing:
+    source = call.tensors[0]
+    index = call.node.args[1]
+    assert isinstance(index, int)
+    layout = call.layouts[source][index]
+    return Mixing("carries no tokens") if layout is None else RowWise({source: layout}, (layout,))
+
+
+def pad(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
+    return layout if call.out[layout.dim] == shape[layout.dim] else Mixing("pads the tokens")
+
+
+_VIEW = "DTensor view ops"
+_MATH = "DTensor math ops"
+_TENSOR = "DTensor tensor ops"
+_POINTWISE = "torch.Tag.pointwise"
+_OWN = "own: reads no data"
+
+RULES: Mapping[str, OpRule] = {
+    **{f"aten.{n}": OpRule(_first(view, size_arg=1), _VIEW, "homogeneous") for n in ("view", "_unsafe_view", "reshape")},
+    "aten.expand": OpRule(_first(expand, size_arg=1), _VIEW, "homogeneous"),
+    "aten.permute": OpRule(_first(permute), _VIEW, "homogeneous"),
+    "aten.transpose": OpRule(_first(transpose), _VIEW, "homogeneous"),
+    "aten.t": OpRule(_first(t), _VIEW, "homogeneous"),
+    "aten.unsqueeze": OpRule(_first(unsqueeze), _VIEW, "homogeneous"),
+    "aten.squeeze": OpRule(_first(squeeze), _VIEW, "homogeneous"),
+    "aten.select": OpRule(_first(select), _TENSOR, "homogeneous"),
+    "aten.slice": OpRule(_first(slice_), _TENSOR, "homogeneous"),
+    **{
+        f"aten.{n}": OpRule(_along(2, "dim", 0), _TENSOR, "homogeneous") for n in ("split", "split_with_sizes", "chunk")
+    },
+    "aten.cat": OpRule(cat, _TENSOR, "additive"),
+    "aten.slice_scatter": OpRule(_aligned_along(2, "dim"), _TENSOR),
+    **{f"aten.{n}": OpRule(_first(reduction), _MATH, "homogeneous") for n in ("sum", "mean")},
+    **{f"aten.{n}": OpRule(_first(reduction), _MATH) for n in ("amax", "amin", "any", "all", "prod", "argmax", "argmin")},
+    **{f"aten.{n}": OpRule(_along(1, "dim"), _MATH) for n in ("_softmax", "_log_softmax", "_safe_softmax", "cumsum")},
+    "aten.softmax": OpRule(_along(1, "dim"), _MATH),
+    "aten.sort": OpRule(_along(1, "dim", -1), _TENSOR),
+    "aten.topk": OpRule(_along(2, "dim", -1), _TENSOR),
+    "aten.gather": OpRule(_aligned_along(1, "dim"), _TENSOR),
+    "aten.scatter": OpRule(_aligned_along(1, "dim"), _TENSOR),
+    "aten.native_layer_norm": OpRule(_first(norm), _MATH),
+    "aten.layer_norm": OpRule(_first(norm), _MATH),
+    "aten.rms_norm": OpRule(_first(norm), _MATH),
+    "aten._fused_rms_norm": OpRule(_first(norm), _MATH),
+    **{f"aten.{n}": OpRule(matmul, "DTensor matrix ops", "homogeneous") for n in ("mm", "bmm", "linear")},
+    "aten.addmm": OpRule(matmul, "DTensor matrix ops"),
+    "aten.embedding": OpRule(embedding, "DTensor embedding ops"),
+    "aten.constant_pad_nd": OpRule(_first(pad), "DTensor tensor ops"),
+    **{f"aten.{n}": OpRule(pointwise, _TENSOR, "homogeneous") for n in ("clone", "alias", "detach", "contiguous")},
+    **{f"aten.{n}": OpRule(pointwise, _TENSOR) for n in ("zeros_like", "ones_like", "full_like", "empty_like")},
+    **{f"aten.{n}": OpRule(pointwise, _POINTWISE) for n in ("_to_copy", "masked_fill", "lift_fresh_copy", "copy")},
+    **{f"aten.{n}": OpRule(pointwise, _POINTWISE, "additive") for n in ("add", "sub")},
+    **{f"aten.{n}": OpRule(pointwise, _POINTWISE, "homogeneous") for n in ("mul", "div", "neg")},
+    **{
+        f"aten.{n}": OpRule(data_free, _OWN)
+        for n in ("new_ones", "new_zeros", "new_empty", "new_full", "new_empty_strided", "sym_size", "sym_numel")
+    },
+    "getitem": OpRule(getitem, "own: picks one output", "homogeneous"),
+    "_c10d_functional.all_reduce": OpRule(pointwise, "own: elementwise over the ranks of another axis", "homogeneous"),
+    "_c10d_functional.wait_tensor": OpRule(pointwise, "own: identity", "homogeneous"),
+}
+
+_POINTWISE_RULE = OpRule(pointwise, _POINTWISE)
+
+
+def op_name(target: object) -> str:
+    """``aten.add`` for ``aten.add.Tensor``; the function's name for Python functions."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket)
+    return getattr(target, "__name__", str(target))
+
+
+def find_rule(node: fx.Node) -> OpRule | None:
+    """The table's row for ``node``, or None where the op is unknown or random."""
+    if node.op != "call_function":
+        return None
+    if node.target is operator.getitem:
+        return RULES["getitem"]
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    if torch.Tag.nondeterministic_seeded in node.target.tags:
+        return None
+    known = RULES.get(op_name(node.target))
+    if known is None and torch.Tag.pointwise in node.target.tags:
+        return _POINTWISE_RULE
+    return known
+
+
+def classify(node: fx.Node, tokens: Expr, layouts: Layouts, shapes: Mapping[fx.Node, tuple[Shape, ...]]) -> RowWise | Mixing:
+    """Apply the table to one node, given the token dims of its operands.
+
+    Returns ``Mixing`` with a reason where the op is unknown, mixes tokens, or no operand carries any.
+    """
+    known = find_rule(node)
+    if known is None:
+        return Mixing(f"{op_name(node.target)} is not in the table of token-wise ops")
+    if known.rule is data_free:
+        return data_free(Call(node, tokens, layouts, shapes))
+    if not any(any(layouts.get(n, ())) for n in node.all_input_nodes):
+        return Mixing("no operand carries tokens")
+    return known.rule(Call(node, tokens, layouts, shapes))
+
+
+__all__ = ["RULES", "UNUSED", "Call", "Demand", "Mixing", "OpRule", "RowWise", "classify", "find_rule", "op_name"]

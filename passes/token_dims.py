@@ -1,0 +1,149 @@
+"""Annotate: what one mesh axis's passes must know of a graph before anything is placed.
+
+Token dims by dataflow (from the vocabulary gather's indices and from what the axis all-reduces), replication by
+dataflow from the graph inputs' facts, and each op's class from the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.fx as fx
+
+from cpcompile.axes import Axis
+from cpcompile.passes.collectives import AllReduce, find_all_reduces
+from cpcompile.passes.placement_rules import UNUSED, Mixing, RowWise, classify, op_name
+from cpcompile.passes.token_layout import ONE, Expr, Shape, TokenDim, row_dim, value_shapes
+
+# Ops of these namespaces are pure functions of their arguments: same arguments, same result on every rank.
+PURE_NAMESPACES = frozenset({"aten", "prims", "transformers"})
+
+
+@dataclass
+class Annotation:
+    """What is known of a graph with respect to one axis.
+
+    Args:
+        axis: the mesh axis.
+        tokens: the token count T as an expression, None where the graph carries no tokens.
+        shapes: shapes of every node's outputs.
+        layouts: token dim of every node's outputs, where known.
+        classes: row-wise or mixing, with reasons, for every call.
+        replicated: nodes whose whole value is the same on every rank of the axis.
+        all_reduces: the axis's sum all-reduces, by their ``wait_tensor`` node.
+    """
+
+    axis: Axis
+    tokens: Expr | None
+    shapes: dict[fx.Node, tuple[Shape, ...]]
+    layouts: dict[fx.Node, tuple[TokenDim | None, ...]]
+    classes: dict[fx.Node, RowWise | Mixing]
+    replicated: set[fx.Node]
+    all_reduces: dict[fx.Node, AllReduce]
+
+
+def token_placeholder(gm: fx.GraphModule) -> tuple[fx.Node, int] | None:
+    """The graph input that holds token ids, and its token dim: the root of the first vocabulary gather's indices.
+
+    The last dim of size > 1 holds the tokens: ``[B, T]`` → 1, a decode step's ``[B, 1]`` → 0.
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
+        root = node.args[1]
+        while isinstance(root, fx.Node) and root.op == "call_function" and len(root.all_input_nodes) > 0:
+            root = root.args[0] if isinstance(root.args[0], fx.Node) else root.all_input_nodes[0]
+        if isinstance(root, fx.Node) and root.op == "placeholder" and isinstance(root.meta.get("val"), torch.Tensor):
+            shape = value_shapes(root)[0]
+            dims = [d for d, size in enumerate(shape) if size != ONE] or [len(shape) - 1]
+            return root, dims[-1]
+    return None
+
+
+def annotate(
+    gm: fx.GraphModule, axis: Axis, facts: Mapping[str, bool], rank_dependent: Collection[str] = ()
+) -> Annotation:
+    """Annotate ``gm`` for ``axis``.
+
+    Args:
+        gm: a canonical functional ATen graph.
+        axis: the mesh axis.
+        facts: graph input name → whether every rank of the axis holds the same value; absent means no.
+        rank_dependent: names of nodes whose constants differ between ranks.
+    """
+    shapes = {node: value_shapes(node) for node in gm.graph.nodes}
+    all_reduces = {ar.wait: ar for ar in find_all_reduces(gm) if axis.owns(ar.group_name) and ar.reduce_op == "sum"}
+    layouts: dict[fx.Node, tuple[TokenDim | None, ...]] = {}
+    tokens: Expr | None = None
+    if (ids := token_placeholder(gm)) is not None:
+        tokens = shapes[ids[0]][0][ids[1]]
+        layouts[ids[0]] = (TokenDim(ids[1]),)
+    known = Annotation(axis, tokens, shapes, layouts, {}, set(), all_reduces)
+    starts = {ar.start for ar in all_reduces.values()}
+    for node in gm.graph.nodes:
+        if node in starts:
+            known.classes[node] = Mixing("is an all-reduce of this axis")
+        elif node in all_reduces:
+            _seed_all_reduce(known, all_reduces[node])
+        elif node.op == "call_function" and known.tokens is not None:
+            outcome = classify(node, known.tokens, layouts, shapes)
+            known.classes[node] = outcome
+            if isinstance(outcome, RowWise) and any(outcome.outputs):
+                layouts[node] = outcome.outputs
+        if _is_replicated(node, known, facts, rank_dependent):
+            known.replicated.add(node)
+    return known
+
+
+def _seed_all_reduce(known: Annotation, ar: AllReduce) -> None:
+    """Tokens of a reduced value lie where they lay in its input, else in its row dim."""
+    layout = (known.layouts.get(ar.input) or (None,))[0]
+    shape = known.shapes[ar.wait][0]
+    if layout is None:
+        layout = row_dim(shape, known.tokens)
+    if layout is None:
+        known.classes[ar.wait] = Mixing("no dim of the reduced value holds the tokens")
+        return
+    if known.tokens is None:
+        known.tokens = shape[layout.dim]
+    known.layouts[ar.wait] = (layout,)
+    known.classes[ar.wait] = RowWise({}, (layout,))
+
+
+def _is_replicated(
+    node: fx.Node, known: Annotation, facts: Mapping[str, bool], rank_dependent: Collection[str]
+) -> bool:
+    if node.name in rank_dependent or node.op == "output":
+        return False
+    if node.op == "placeholder":
+        # Sizes are part of the axis's contract: every rank runs the same step.
+        return not isinstance(node.meta.get("val"), torch.Tensor) or facts.get(node.name, False)
+    if node.op == "get_attr":
+        return True
+    if node in known.all_reduces:
+        return True
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        namespace = node.target.namespace
+        if namespace == "_c10d_functional":
+            return _collective_is_replicated(node, known)
+        if namespace not in PURE_NAMESPACES or torch.Tag.nondeterministic_seeded in node.target.tags:
+            return False
+    outcome = known.classes.get(node)
+    unused = {n for n, d in outcome.operands.items() if d is UNUSED} if isinstance(outcome, RowWise) else set()
+    return all(n in known.replicated for n in node.all_input_nodes if n not in unused)
+
+
+def _collective_is_replicated(node: fx.Node, known: Annotation) -> bool:
+    """A gather or broadcast over the axis replicates; sums of replicated values over any group are replicated.
+
+    A scatter or all-to-all gives each rank something else, and over a group that is not known to be orthogonal to
+    the axis nothing more can be said.
+    """
+    name = op_name(node.target).removeprefix("_c10d_functional.")
+    operand = node.all_input_nodes[0]
+    if name in ("wait_tensor", "all_reduce"):
+        return operand in known.replicated
+    over_axis = any(known.axis.owns(a) for a in node.args if isinstance(a, str))
+    return over_axis and name in ("all_gather_into_tensor", "broadcast")
