@@ -1,1 +1,31 @@
-"""cpcompile: optimal, proven and explained token parallelism for tensor-parallel DeepSeek inference."""
+"""cpcompile: optimal, proven and explained token parallelism for tensor-parallel DeepSeek inference.
+
+Use it as ``torch.compile(model, backend="cpcompile")``; importing this package loads nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cpcompile.errors import CpcompileError
+    from cpcompile.explain import explain
+    from cpcompile.options import Options
+    from cpcompile.plan import Plan
+
+_HOMES = {
+    "CpcompileError": "cpcompile.errors",
+    "Options": "cpcompile.options",
+    "Plan": "cpcompile.plan",
+    "explain": "cpcompile.explain",
+}
+__all__ = ["CpcompileError", "Options", "Plan", "explain"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the public names on first use: the backend's entry point must not import what it does not need."""
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'cpcompile' has no attribute {name!r}")

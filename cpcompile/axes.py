@@ -1,8 +1,16 @@
-"""A mesh axis as the passes see it: a name, a size, this rank's place, and the group's names in the graph."""
+"""Mesh axes: what the passes know of a process group, and how the groups of a graph are found."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from cpcompile.errors import AxisError
 
 
 @dataclass(frozen=True)
@@ -28,3 +36,64 @@ class Axis:
     def owns(self, group_name: object) -> bool:
         """Whether a collective over ``group_name`` runs over this axis."""
         return group_name == self.group_name or group_name in self.aliases
+
+
+def axis_of(name: str, group: object) -> Axis:
+    """The axis called ``name`` over ``group``: a ``ProcessGroup``, a one-dimensional ``DeviceMesh``, or a group's name.
+
+    Raises:
+        AxisError: the group does not exist, has several dims, or this process is not in it.
+    """
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise AxisError(f"axis {name!r}: the mesh has dims {group.mesh_dim_names}; give one of them: mesh[{name!r}]")
+        group = group.get_group()
+    if isinstance(group, str):
+        try:
+            group = _resolve_process_group(group)  # type: ignore[arg-type]
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise AxisError(f"axis {name!r}: no process group is called {group!r}; give the ProcessGroup itself") from error
+    if not isinstance(group, dist.ProcessGroup):
+        raise AxisError(f"axis {name!r} is {type(group).__name__}: give a ProcessGroup, a DeviceMesh of one dim, or a name")
+    ranks = tuple(dist.get_process_group_ranks(group))
+    rank = dist.get_rank()
+    if rank not in ranks:
+        raise AxisError(f"axis {name!r}: rank {rank} is not in its group {list(ranks)}; give the group that this rank is in")
+    return Axis(name, group.group_name, len(ranks), ranks.index(rank), ranks)
+
+
+def find_axes(group_names: Iterable[str], given: Mapping[str, Any], meshes: Iterable[DeviceMesh] = ()) -> list[Axis]:
+    """The axes to rewrite: those that the user gave, else every group that the graph all-reduces over.
+
+    Args:
+        group_names: groups of the graph's all-reduces, in graph order.
+        given: the ``axes`` option.
+        meshes: device meshes seen among the inputs; an axis is called after the mesh dim with its ranks.
+
+    Raises:
+        AxisError: a given axis is not valid, or two of them are the same group.
+    """
+    if given:
+        axes = [axis_of(name, group) for name, group in given.items()]
+        for index, axis in enumerate(axes):
+            twin = next((a for a in axes[:index] if a.ranks == axis.ranks), None)
+            if twin is not None:
+                raise AxisError(f"axes {twin.name!r} and {axis.name!r} have the same ranks {list(axis.ranks)}: give one")
+        return axes
+    axes = []
+    for group_name in dict.fromkeys(group_names):
+        try:
+            axis = axis_of(group_name, group_name)
+        except AxisError:
+            continue  # its collectives are listed as not understood
+        if axis.size > 1:
+            axes.append(_named(axis, meshes))
+    return axes
+
+
+def _named(axis: Axis, meshes: Iterable[DeviceMesh]) -> Axis:
+    for mesh in meshes:
+        for dim, name in enumerate(mesh.mesh_dim_names or ()):
+            if tuple(dist.get_process_group_ranks(mesh.get_group(dim))) == axis.ranks:
+                return Axis(name, axis.group_name, axis.size, axis.rank, axis.ranks)
+    return axis

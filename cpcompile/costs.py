@@ -39,7 +39,12 @@ class HardwareProfile:
     source: str
 
     def wire(self, size: int, value_bytes: float) -> float:
-        """Seconds on the wire of a reduce-scatter or all-gather of a full value over ``size`` ranks; a ring all-reduce takes two."""
+        """Seconds on the wire of a reduce-scatter or all-gather over ``size`` ranks; a ring all-reduce takes two.
+
+        Args:
+            size: number of ranks.
+            value_bytes: bytes of the full value.
+        """
         return value_bytes * (size - 1) / size / self.bandwidth
 
     def compute(self, flops: float, moved_bytes: float) -> float:
@@ -49,17 +54,21 @@ class HardwareProfile:
 
 _DATASHEET = "vendor data sheet peak, times 0.6 (FLOP/s), 0.8 (memory) and 0.8 (link); latency typical of the library"
 
+_HCCS = "HCCS 196 GB/s per direction"
+_NVLINK = "NVLink 4 450 GB/s per direction"
+
+# name, bandwidth, latency, all-reduce latency, FLOP/s, memory bandwidth, source
 PROFILES = {
     p.name: p
     for p in (
-        HardwareProfile("ascend-a2", 157e9, 20e-6, 30e-6, 225e12, 1.28e12, f"910B, HCCS 196 GB/s per direction; {_DATASHEET}"),
-        HardwareProfile("ascend-a3", 157e9, 20e-6, 30e-6, 225e12, 1.28e12, f"910C die, HCCS 196 GB/s per direction; {_DATASHEET}"),
-        HardwareProfile("h100-nvlink", 360e9, 12e-6, 16e-6, 593e12, 2.68e12, f"H100 SXM, NVLink 4 450 GB/s per direction; {_DATASHEET}"),
-        HardwareProfile("h200-nvlink", 360e9, 12e-6, 16e-6, 593e12, 3.84e12, f"H200 SXM, NVLink 4 450 GB/s per direction; {_DATASHEET}"),
-        HardwareProfile("pcie", 25e9, 20e-6, 32e-6, 185e12, 0.69e12, f"L40S, PCIe 4.0 x16 32 GB/s per direction; {_DATASHEET}"),
-        HardwareProfile("gloo", 1e9, 200e-6, 300e-6, 0.1e12, 10e9, "gloo over loopback on a small host, order of magnitude"),
+        HardwareProfile("ascend-a2", 157e9, 20e-6, 30e-6, 225e12, 1.28e12, f"910B, {_HCCS}; {_DATASHEET}"),
+        HardwareProfile("ascend-a3", 157e9, 20e-6, 30e-6, 225e12, 1.28e12, f"910C die, {_HCCS}; {_DATASHEET}"),
+        HardwareProfile("h100-nvlink", 360e9, 12e-6, 16e-6, 593e12, 2.68e12, f"H100 SXM, {_NVLINK}; {_DATASHEET}"),
+        HardwareProfile("h200-nvlink", 360e9, 12e-6, 16e-6, 593e12, 3.84e12, f"H200 SXM, {_NVLINK}; {_DATASHEET}"),
+        HardwareProfile("pcie", 25e9, 20e-6, 32e-6, 185e12, 0.69e12, f"L40S, PCIe 4.0 x16 32 GB/s; {_DATASHEET}"),
+        HardwareProfile("gloo", 1e9, 200e-6, 300e-6, 0.1e12, 10e9, "gloo over loopback, order of magnitude"),
     )
-}  # fmt: skip
+}
 
 
 def profile(name: str | HardwareProfile) -> HardwareProfile:

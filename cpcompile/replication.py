@@ -203,7 +203,10 @@ def _dtensor_fact(name: str, value: DTensor, axis: Axis) -> InputFact:
 
 # ---- fingerprints --------------------------------------------------------------------------------------------------
 
-_CHUNK = 1 << 21  # bytes hashed at a time
+_CHUNK = 1 << 23  # bytes hashed at a time
+# Words in one CPU operation: few enough for torch to stay in one thread. With more it starts its threads for each
+# operation, which on a host whose cores are busy (every rank compiles) was 50 times slower.
+_CPU_BLOCK = 1 << 14
 _LOW_HALF = 0xFFFFFFFF
 
 
@@ -215,9 +218,9 @@ def _is_readable(value: object) -> bool:
 
 
 @cache
-def _keys(device: torch.device) -> Tensor:
-    """Fixed random words, int64 ``[_CHUNK / 8 + 1]``, the same on every rank, device and version of torch."""
-    return torch.frombuffer(bytearray(hashlib.shake_256(b"cpcompile").digest(_CHUNK + 8)), dtype=torch.int64).to(device)
+def _keys(device: torch.device, size: int) -> Tensor:
+    """Fixed random words, int64 ``[size / 8 + 1]``, the same on every rank, device and version of torch."""
+    return torch.frombuffer(bytearray(hashlib.shake_256(b"cpcompile").digest(size + 8)), dtype=torch.int64).to(device)
 
 
 def fingerprint(tensor: Tensor) -> str:
@@ -227,7 +230,7 @@ def fingerprint(tensor: Tensor) -> str:
     back and hashed (NH of Black et al., UMAC, 1999: contents that differ agree in both sums with a chance of 2**-64).
     """
     with torch.no_grad(), _disable_current_modes(), torch._C.DisableTorchFunctionSubclass():
-        sums = [s for words in _chunks(tensor.detach()) for s in _sums(words, _keys(tensor.device))]
+        sums = [s for words in _chunks(tensor.detach()) for s in _sums(words, _keys(tensor.device, _CHUNK))]
         read = torch.stack(sums).tolist() if sums else []
     return hashlib.sha256(repr((tuple(tensor.shape), tensor.dtype, read)).encode()).hexdigest()
 
@@ -249,9 +252,14 @@ def _chunks(tensor: Tensor) -> Iterable[Tensor]:
 
 
 def _sums(words: Tensor, keys: Tensor) -> Iterable[Tensor]:
+    block = _CPU_BLOCK if words.device.type == "cpu" else words.numel()
     for shift in (0, 1):
-        keyed = words + keys[shift : shift + words.numel()]
-        yield (keyed & _LOW_HALF).mul_(keyed >> 32).sum()
+        pairs = zip(words.split(block), keys[shift : shift + words.numel()].split(block), strict=True)
+        yield torch.stack([_product_sum(some_words + some_keys) for some_words, some_keys in pairs]).sum()
+
+
+def _product_sum(keyed: Tensor) -> Tensor:
+    return (keyed & _LOW_HALF).mul_(keyed >> 32).sum()
 
 
 class ParameterGuard:
@@ -447,3 +455,11 @@ def _constant(value: object) -> str:
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return "symbol"  # sizes are the same by the contract of the axis; names of symbols need not be
     return _callable_name(value) if isinstance(value, _CALLABLE) else _OPAQUE
+
+
+def structure_fingerprint(gm: fx.GraphModule) -> str:
+    """Identifies a graph by its structure and its inputs' shapes and dtypes; the same on every rank that runs it."""
+    code = _GraphCode.of(gm)
+    values = (node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder"))
+    shapes = (f"{tuple(v.shape)} {v.dtype}" if isinstance(v, Tensor) else "" for v in values)
+    return _digest([*code.structures, *shapes])[:16]

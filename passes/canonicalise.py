@@ -16,7 +16,7 @@ from cpcompile.passes.collectives import (
     NATIVE,
     bound,
     emit,
-    erase_unused,
+    erase,
     is_contiguous,
     is_wait,
     only_user,
@@ -107,7 +107,7 @@ class _Sweep:
     def replace(self, node: fx.Node, value: fx.Node) -> None:
         """Use ``value`` instead of ``node``."""
         node.replace_all_uses_with(value)
-        erase_unused([node])
+        erase(node)
         self.result.rewrites += 1
 
     def replace_memory(self, node: fx.Node, value: fx.Node) -> None:
@@ -209,7 +209,7 @@ def _view(sweep: _Sweep, node: fx.Node) -> None:
     inner = bound(node)[0]
     if inner.target is aten.view.default and only_user(inner) is node:
         node.update_arg(0, inner.args[0])
-        erase_unused([inner])
+        erase(inner)
         sweep.result.rewrites += 1
 
 
@@ -227,7 +227,7 @@ def _wait(sweep: _Sweep, node: fx.Node) -> None:
     first = sweep.waits.setdefault(bound(node)[0], node)
     if first is not node:
         node.replace_all_uses_with(first)
-        erase_unused([node], collectives=True)
+        erase(node)
         sweep.result.rewrites += 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,14 +156,17 @@ def emit_waited(like: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Nod
     return emit(like, NATIVE.wait_tensor.default, emit(like, target, *args))
 
 
-def erase_unused(nodes: Iterable[fx.Node], collectives: bool = False) -> None:
-    """Erase those of ``nodes`` that nobody uses, and what only they used.
+def erase(*nodes: fx.Node, collectives: bool = False) -> None:
+    """Erase ``nodes``, which nobody may use any more, and then what only they used.
 
     Args:
-        nodes: where to begin.
-        collectives: erase unused collectives too; without it a rank that waits for them never hangs.
+        *nodes: users before what they use.
+        collectives: among what only they used, erase collectives too. Else those stay: other ranks may wait in them.
     """
-    pending = list(nodes)
+    pending = []
+    for node in nodes:
+        pending += node.all_input_nodes
+        node.graph.erase_node(node)
     while pending:
         node = pending.pop()
         if node.op != "call_function" or node.users or node._erased:

@@ -16,7 +16,7 @@ from cpcompile.passes.collectives import (
     bound,
     emit,
     emit_waited,
-    erase_unused,
+    erase,
     getitems,
     is_contiguous,
     is_row_major,
@@ -77,7 +77,7 @@ def split_coalesced(node: fx.Node, result: PassResult) -> None:
         return
     for index, part in parts.items():
         part.replace_all_uses_with(emit(node, COALESCED[node.target], tensors[index], *rest))  # type: ignore[index]
-    erase_unused([*parts.values(), node], collectives=True)
+    erase(*parts.values(), node)
     result.rewrites += 1
 
 
@@ -88,7 +88,7 @@ def rewrite_functional(node: fx.Node, result: PassResult) -> None:
         result.refuse(node, new)
         return
     node.replace_all_uses_with(new)
-    erase_unused([node])
+    erase(node)
     result.rewrites += 1
 
 
@@ -106,8 +106,7 @@ def rewrite_in_place(node: fx.Node, result: PassResult) -> None:
         return
     assert isinstance(found, Mutation)
     found.out.replace_all_uses_with(new)
-    erase_unused(list(node.users))
-    erase_unused([node])
+    erase(*node.users, node)
     result.rewrites += 1
 
 

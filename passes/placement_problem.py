@@ -61,6 +61,8 @@ class PlacementGraph:
         origin: every node that is a view of a value → that value.
         uses: (value node, choice number or None, demanded labels at P, S, R).
         consumers: value node → (consumer, reason) for consumers that need it whole.
+        number: op node → its choice number.
+        hints: sizes of the traced example, for symbols other than T.
     """
 
     known: Annotation
@@ -70,6 +72,7 @@ class PlacementGraph:
     uses: list[tuple[fx.Node, int | None, tuple[int, int, int]]] = field(default_factory=list)
     consumers: dict[fx.Node, list[tuple[fx.Node, str]]] = field(default_factory=dict)
     number: dict[fx.Node, int] = field(default_factory=dict)
+    hints: dict[sympy.Symbol, int] = field(default_factory=dict)
 
     def problem(self, tokens: int, hardware: HardwareProfile) -> Problem:
         """The problem at ``tokens`` tokens, in picoseconds; a shard holds ``ceil(T/n)`` rows."""
@@ -121,6 +124,7 @@ def build(known: Annotation, hardware: HardwareProfile) -> PlacementGraph:
     """Collect choices, values and uses of an annotated graph."""
     graph = PlacementGraph(known)
     costs = _Costs(known, hardware)
+    graph.hints = costs.hints
     for node, outcome in known.classes.items():
         if node in known.all_reduces:
             if isinstance(outcome, RowWise):

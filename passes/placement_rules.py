@@ -1,4 +1,4 @@
-"""The one table of what ops do to tokens: which are row-wise (each output row from the same input rows), which are linear.
+"""The one table of what ops do to tokens: which are row-wise (each output row from the same input row), which linear.
 
 An op that is not in the table mixes tokens, with that as the recorded reason; nothing is guessed. Every row says
 where its knowledge comes from, and ``tests/test_placement_rules.py`` holds each aten row against DTensor's own
@@ -7,6 +7,7 @@ sharding propagation.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -61,13 +62,16 @@ class Call:
     shapes: Mapping[fx.Node, tuple[Shape, ...]]
 
     def shape(self, node: fx.Node) -> Shape:
+        """Shape of ``node``'s first output."""
         return self.shapes[node][0]
 
     def layout(self, node: object) -> TokenDim | None:
+        """Token dim of ``node``'s first output, if known."""
         known = self.layouts.get(node) if isinstance(node, fx.Node) else None
         return known[0] if known else None
 
     def arg(self, index: int, name: str, default: object = None) -> object:
+        """The argument at ``index``, or called ``name``."""
         if index < len(self.node.args):
             return self.node.args[index]
         return self.node.kwargs.get(name, default)
@@ -81,10 +85,12 @@ class Call:
 
     @property
     def tensors(self) -> list[fx.Node]:
+        """The operands that are tensors, each once, in argument order."""
         return [n for n in self.node.all_input_nodes if self.shapes.get(n)]
 
     @property
     def out(self) -> Shape:
+        """Shape of the first output."""
         return self.shapes[self.node][0]
 
 
@@ -112,7 +118,10 @@ def _dim(value: object, ndim: int) -> int:
     return value + ndim if value < 0 else value
 
 
-def _first(rule: Callable[[Call, Shape, TokenDim], tuple[TokenDim, bool] | TokenDim | Mixing], size_arg: int | None = None) -> Rule:
+FirstRule = Callable[[Call, Shape, TokenDim], "tuple[TokenDim, bool] | TokenDim | Mixing"]
+
+
+def _first(rule: FirstRule, size_arg: int | None = None) -> Rule:
     """A rule in the first operand's shape and token dim that says where its rows end up; other operands stay whole.
 
     ``rule`` returns the token dim of every output, or that and whether the op is the identity on the tokens.
@@ -127,7 +136,8 @@ def _first(rule: Callable[[Call, Shape, TokenDim], tuple[TokenDim, bool] | Token
         if isinstance(out, Mixing):
             return out
         out, identity = out if isinstance(out, tuple) else (out, False)
-        demands: dict[fx.Node, Demand] = {n: None for n in call.tensors} | {source: layout}
+        demands: dict[fx.Node, Demand] = dict.fromkeys(call.tensors)
+        demands[source] = layout
         return RowWise(demands, (out,) * len(call.shapes[call.node]), size_arg, identity)
 
     return applied
@@ -160,6 +170,8 @@ def _aligned(call: Call, out: Shape, operands: list[fx.Node]) -> tuple[TokenDim,
 
 def pointwise(call: Call) -> RowWise | Mixing:
     """Elementwise with broadcasting."""
+    if not call.shapes[call.node]:
+        return Mixing("returns no tensor")
     aligned = _aligned(call, call.out, call.tensors)
     if isinstance(aligned, Mixing):
         return aligned
@@ -167,6 +179,9 @@ def pointwise(call: Call) -> RowWise | Mixing:
 
 
 def view(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
+    """Row-major reshaping; ``view.dtype`` reinterprets bits instead."""
+    if isinstance(call.arg(1, "dtype"), torch.dtype):
+        return Mixing("reinterprets the elements as another dtype")
     out = through_view(shape, call.out, layout, call.tokens)
     return Mixing("the tokens would be split over several dims") if out is None else out
 
@@ -195,10 +210,10 @@ def unsqueeze(call: Call, shape: Shape, layout: TokenDim) -> TokenDim:
 
 
 def squeeze(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
-    gone = [d for d in (_dim(w, len(shape)) for w in call.dims(1, "dim")) if shape[d] == ONE]
-    if layout.dim in gone:
-        return Mixing("the token dim is squeezed away")
-    return layout.shifted(-sum(d < layout.dim for d in gone))
+    named = [_dim(d, len(shape)) for d in call.dims(1, "dim")] or list(range(len(shape)))
+    if layout.dim in named:
+        return Mixing("may squeeze the token dim: a shard can have one row")
+    return layout.shifted(-sum(d < layout.dim and shape[d] == ONE for d in named))
 
 
 def select(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
@@ -223,7 +238,7 @@ def _along(index: int, name: str, default: int | None = None) -> Rule:
     return _first(rule)
 
 
-def _aligned_along(index: int, name: str) -> Rule:
+def _aligned_along(index: int, name: str, default: int | None = None) -> Rule:
     """Like ``_along`` for ops whose tensor operands (index, source) run in step with the first."""
 
     def rule(call: Call) -> RowWise | Mixing:
@@ -231,17 +246,14 @@ def _aligned_along(index: int, name: str) -> Rule:
         if isinstance(aligned, Mixing):
             return aligned
         found, demands = aligned
-        if _dim(call.arg(index, name), len(call.out)) == found.dim:
+        if _dim(call.arg(index, name, default), len(call.out)) == found.dim:
             return Mixing("works along the token dim")
-        if any(call.shape(n)[found.dim] != call.out[found.dim] for n in call.tensors):
+        shapes = [call.shape(n) for n in call.tensors]
+        if any(len(s) != len(call.out) or s[found.dim] != call.out[found.dim] for s in shapes):
             return Mixing("operands have different token counts")
         return RowWise(demands, (found,))
 
     return rule
-
-
-def cat(call: Call) -> RowWise | Mixing:
-    return _aligned_along(1, "dim")(call) if len(call.node.args) > 1 or call.node.kwargs else Mixing("joins tokens")
 
 
 def reduction(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
@@ -262,12 +274,12 @@ def matmul(call: Call) -> RowWise | Mixing:
     args = [a for a in call.node.args if isinstance(a, fx.Node)]
     if "addmm" in str(call.node.target):
         bias, left, right = args[:3]
-        others = {bias: None} if len(call.shape(bias)) == 1 else None
-        if others is None:
+        if len(call.shape(bias)) != 1:
             return Mixing("adds a matrix to a product")
+        others: dict[fx.Node, Demand] = {bias: None}
     else:
         left, right = args[:2]
-        others = {extra: None for extra in args[2:]}
+        others = dict.fromkeys(args[2:])
     a, b = call.layout(left), call.layout(right)
     ndim = len(call.shape(left))
     if left is right:
@@ -292,7 +304,7 @@ def embedding(call: Call) -> RowWise | Mixing:
 
 def data_free(call: Call) -> RowWise | Mixing:
     """Reads only its operand's shape, dtype and device; the result is the same whatever the operand's placement."""
-    return RowWise({n: UNUSED for n in call.tensors}, (None,) * len(call.shapes[call.node]))
+    return RowWise(dict.fromkeys(call.tensors, UNUSED), (None,) * len(call.shapes[call.node]))
 
 
 def getitem(call: Call) -> RowWise | Mixing:
@@ -304,7 +316,9 @@ def getitem(call: Call) -> RowWise | Mixing:
 
 
 def pad(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
-    return layout if call.out[layout.dim] == shape[layout.dim] else Mixing("pads the tokens")
+    amounts = call.dims(1, "pad")  # pairs, the last dim's first
+    mine = amounts[2 * (len(shape) - 1 - layout.dim) :][:2]
+    return layout if all(amount == 0 for amount in mine) else Mixing("pads the tokens")
 
 
 _VIEW = "DTensor view ops"
@@ -314,7 +328,9 @@ _POINTWISE = "torch.Tag.pointwise"
 _OWN = "own: reads no data"
 
 RULES: Mapping[str, OpRule] = {
-    **{f"aten.{n}": OpRule(_first(view, size_arg=1), _VIEW, "homogeneous") for n in ("view", "_unsafe_view", "reshape")},
+    **{
+        f"aten.{n}": OpRule(_first(view, size_arg=1), _VIEW, "homogeneous") for n in ("view", "_unsafe_view", "reshape")
+    },
     "aten.expand": OpRule(_first(expand, size_arg=1), _VIEW, "homogeneous"),
     "aten.permute": OpRule(_first(permute), _VIEW, "homogeneous"),
     "aten.transpose": OpRule(_first(transpose), _VIEW, "homogeneous"),
@@ -326,10 +342,13 @@ RULES: Mapping[str, OpRule] = {
     **{
         f"aten.{n}": OpRule(_along(2, "dim", 0), _TENSOR, "homogeneous") for n in ("split", "split_with_sizes", "chunk")
     },
-    "aten.cat": OpRule(cat, _TENSOR, "additive"),
-    "aten.slice_scatter": OpRule(_aligned_along(2, "dim"), _TENSOR),
+    "aten.cat": OpRule(_aligned_along(1, "dim", 0), _TENSOR, "additive"),
+    "aten.slice_scatter": OpRule(_aligned_along(2, "dim", 0), _TENSOR),
     **{f"aten.{n}": OpRule(_first(reduction), _MATH, "homogeneous") for n in ("sum", "mean")},
-    **{f"aten.{n}": OpRule(_first(reduction), _MATH) for n in ("amax", "amin", "any", "all", "prod", "argmax", "argmin")},
+    **{
+        f"aten.{n}": OpRule(_first(reduction), _MATH)
+        for n in ("amax", "amin", "any", "all", "prod", "argmax", "argmin")
+    },
     **{f"aten.{n}": OpRule(_along(1, "dim"), _MATH) for n in ("_softmax", "_log_softmax", "_safe_softmax", "cumsum")},
     "aten.softmax": OpRule(_along(1, "dim"), _MATH),
     "aten.sort": OpRule(_along(1, "dim", -1), _TENSOR),
@@ -368,23 +387,41 @@ def op_name(target: object) -> str:
     return getattr(target, "__name__", str(target))
 
 
+def _keeps_linearity(node: fx.Node) -> bool:
+    """Whether this call of a linear op is linear, too: no bias, rounding, scalar term, or product with itself."""
+    name, args, kwargs = op_name(node.target), node.args, node.kwargs
+    if name == "aten.linear":
+        return (args[2] if len(args) > 2 else kwargs.get("bias")) is None and args[0] is not args[1]
+    if name in ("aten.add", "aten.sub"):
+        return isinstance(args[1], fx.Node) and isinstance(args[1].meta.get("val", torch.Tensor()), torch.Tensor)
+    if name == "_c10d_functional.all_reduce":
+        return args[1] in ("sum", "avg")
+    if name in ("aten.mul", "aten.div", "aten.mm", "aten.bmm"):
+        return args[0] is not args[1] and kwargs.get("rounding_mode") is None
+    return True
+
+
 def find_rule(node: fx.Node) -> OpRule | None:
-    """The table's row for ``node``, or None where the op is unknown or random."""
+    """The table's row for ``node``, ``linear`` as this call has it, or None for an unknown, random or in-place op."""
     if node.op != "call_function":
         return None
     if node.target is operator.getitem:
         return RULES["getitem"]
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
-    if torch.Tag.nondeterministic_seeded in node.target.tags:
+    if torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable:
         return None
     known = RULES.get(op_name(node.target))
     if known is None and torch.Tag.pointwise in node.target.tags:
         return _POINTWISE_RULE
+    if known is not None and known.linear and not _keeps_linearity(node):
+        return dataclasses.replace(known, linear="")
     return known
 
 
-def classify(node: fx.Node, tokens: Expr, layouts: Layouts, shapes: Mapping[fx.Node, tuple[Shape, ...]]) -> RowWise | Mixing:
+def classify(
+    node: fx.Node, tokens: Expr, layouts: Layouts, shapes: Mapping[fx.Node, tuple[Shape, ...]]
+) -> RowWise | Mixing:
     """Apply the table to one node, given the token dims of its operands.
 
     Returns ``Mixing`` with a reason where the op is unknown, mixes tokens, or no operand carries any.

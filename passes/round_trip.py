@@ -11,7 +11,7 @@ from cpcompile.passes.collectives import (
     NATIVE,
     bound,
     emit_waited,
-    erase_unused,
+    erase,
     group_name_of,
     is_wait,
     only_user,
@@ -46,7 +46,7 @@ def collapse_round_trip(gather: fx.Node) -> bool:
     if sizes(source) is None or sizes(source) != sizes(end) or strides(source) != strides(end):
         return False
     end.replace_all_uses_with(emit_waited(end, NATIVE.all_reduce.default, source, "sum", bound(gather)[2]))
-    erase_unused([end], collectives=True)
+    erase(end, collectives=True)
     return True
 
 
@@ -54,17 +54,17 @@ def _unchunked(source: fx.Node, end: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """Widen ``source .. end`` over a ``cat(split(...))`` before and its inverse after; None if they do not match."""
     split = only_user(end)
     after = next((user for part in split.users for user in part.users), None) if split is not None else None
-    there, back = _chunks(source), _chunks(after)
+    there, back = _unsplit(source), _unsplit(after)
     if there is None and back is None:
         return source, end
-    if there is None or back is None or after is None or there[1] != back[1]:
+    if there is None or back is None or after is None:
         return None
     # That the second moves back all that the first moved shows in the sizes, which the caller compares.
-    return there[0], after
+    return there, after
 
 
-def _chunks(cat: fx.Node | None) -> tuple[fx.Node, int] | None:
-    """``x`` and the number of chunks of a ``cat(split(x))`` with its chunks in order and no other user.
+def _unsplit(cat: fx.Node | None) -> fx.Node | None:
+    """``x`` of a ``cat(split(x))`` with its chunks in order and no other user.
 
     It moves one dim into another: funcol and DTensor put the dim that they scatter at the front with it, and back.
     """
@@ -72,8 +72,9 @@ def _chunks(cat: fx.Node | None) -> tuple[fx.Node, int] | None:
         return None
     parts = bound(cat)[0]
     split = parts[0].args[0] if parts[0].target is operator.getitem else None
-    if not isinstance(split, fx.Node) or split.target is not aten.split.Tensor or len(split.users) != len(parts):
+    if not isinstance(split, fx.Node) or split.target is not aten.split.Tensor:
         return None
     if any(part.args != (split, i) or only_user(part) is not cat for i, part in enumerate(parts)):
         return None
-    return bound(split)[0], len(parts)
+    source: fx.Node = bound(split)[0]
+    return source

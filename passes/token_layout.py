@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import sympy
 import torch
 import torch.fx as fx
 
-Expr = sympy.Expr
-Shape = tuple[Expr, ...]
+Expr: TypeAlias = sympy.Expr
+Shape: TypeAlias = tuple[Expr, ...]
 ONE: Expr = sympy.Integer(1)
 
 

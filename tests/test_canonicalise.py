@@ -358,6 +358,15 @@ return add""",
     )
 
 
+def test_copy_that_only_changes_the_stride_of_a_dim_of_one_is_removed() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        y = torch.empty(8, 1).t()
+        y.copy_(funcol.all_reduce(x * 2, "sum", dist.group.WORLD))
+        return y.sum()
+
+    assert "copy(" not in check(trace(f, ones(1, 8)))[0]
+
+
 def test_copy_that_broadcasts_is_kept() -> None:
     def f(x: torch.Tensor) -> torch.Tensor:
         y = torch.empty(2, 4, 8)

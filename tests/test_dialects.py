@@ -481,6 +481,18 @@ def test_changed_schema_is_refused() -> None:
     )
 
 
+def test_effectful_op_is_rewritten_once() -> None:
+    op = torch.ops.vllm.all_reduce.default
+    gm = by_hand(lambda g, x: g.call_function(op, (x, "tp:0")))
+    next(node for node in gm.graph.nodes if node.target is op).meta["val"] = ones(4, 8)
+    fx.node._side_effectful_functions.add(op)
+    try:
+        assert Canonicalise()(gm) == PassResult(1)
+    finally:
+        fx.node._side_effectful_functions.remove(op)
+    assert len(find_all_reduces(gm)) == 1
+
+
 def test_new_nodes_say_where_they_come_from() -> None:
     class Layer(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

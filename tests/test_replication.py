@@ -237,6 +237,14 @@ def test_fingerprint_tells_small_changes_apart(monkeypatch):
     assert len({fingerprint(v) for v in variants}) == len(variants)
 
 
+def test_fingerprint_does_not_depend_on_how_the_cpu_cuts_it(monkeypatch):
+    x = torch.randn(3, 100_003)
+    whole = fingerprint(x)
+    for block in (7, 1 << 20):
+        monkeypatch.setattr(replication, "_CPU_BLOCK", block)
+        assert fingerprint(x) == whole
+
+
 def test_fingerprint_of_swapped_equal_words_chunks_and_rows():
     size = replication._CHUNK // 8
     x = torch.arange(2 * size, dtype=torch.int64)

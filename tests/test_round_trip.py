@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-from canonical_traces import before_after, check, fake_group, mesh, ones, trace  # noqa: F401
+from canonical_traces import RANKS, before_after, check, fake_group, mesh, ones, trace  # noqa: F401
 from expecttest import assert_expected_inline
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+native = torch.ops._c10d_functional
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -123,6 +125,15 @@ def test_round_trip_with_shuffled_chunks_is_left_alone() -> None:
         y = torch.cat((x * 2).split(2, 1)[::-1])
         z = funcol.all_gather_tensor(funcol.reduce_scatter_tensor(y, "sum", 0, dist.group.WORLD), 0, dist.group.WORLD)
         return torch.cat(z.split(4), 1) + 1
+
+    check(trace(f, ones(4, 8)), rewrites=0)
+
+
+def test_round_trip_whose_chunks_are_used_is_left_alone() -> None:
+    def f(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = funcol.reduce_scatter_tensor(x * 2, "sum", 1, dist.group.WORLD)
+        parts = native.wait_tensor(native.all_gather_into_tensor(y, RANKS, dist.group.WORLD.group_name)).split(4)
+        return torch.cat(parts, 1) + 1, parts[0] + 1
 
     check(trace(f, ones(4, 8)), rewrites=0)
 

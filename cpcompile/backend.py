@@ -1,0 +1,156 @@
+"""The backend: ``torch.compile(model, backend="cpcompile")``."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._logging
+import torch.fx as fx
+from functorch.compile import make_boxed_func
+
+from cpcompile.axes import Axis
+from cpcompile.capture import lower_inference, unknown_inputs
+from cpcompile.exchange import Exchange, GroupExchange, OfflineExchange
+from cpcompile.graph_inputs import GraphInput, describe_inputs
+from cpcompile.lowering.targets import BoxedCallable, lower
+from cpcompile.options import Options
+from cpcompile.pipeline import Compiled, compile_graph, token_reader
+from cpcompile.replication import ParameterGuard
+
+log = logging.getLogger("cpcompile")
+
+
+def cpcompile_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Any:
+    """Compile one dynamo graph: rewrite its collectives, prove the rewrite, lower it.
+
+    Args:
+        gm: dynamo's graph.
+        example_inputs: its inputs: real parameters, fake activations.
+        options: see :class:`cpcompile.options.Options`.
+        mode: accepted for callers that pass torch.compile's ``mode=``; a target may use it, none does so far.
+
+    Raises:
+        OptionError: an option is unknown or malformed.
+        RequirementError: see ``options["require"]``.
+        AxisError: axes and process groups do not agree, or a rank did not take part in time.
+        PlanError: ``options["plan"]`` is not a plan of this graph.
+    """
+    parsed = Options.parse(options)
+    inputs = describe_inputs(gm, example_inputs)
+
+    def inference(aot: fx.GraphModule, aot_inputs: Sequence[Any]) -> BoxedCallable:
+        known = inputs
+        if len(known) != len(aot.graph.find_nodes(op="placeholder")):
+            log.warning("cpcompile: the graph's inputs cannot be matched with the model's: only declared inputs count as replicated")
+            known = unknown_inputs(aot)
+        return _compile_inference(aot, aot_inputs, known, parsed)
+
+    return lower_inference(gm, example_inputs, inference, _refuse_training)
+
+
+def _refuse_training(aot: fx.GraphModule, _: Sequence[Any]) -> Any:
+    warnings.warn(
+        "cpcompile rewrites inference graphs only, and this one is for training: it runs unmodified; "
+        "call the model under torch.no_grad() or torch.inference_mode()",
+        stacklevel=2,
+    )
+    return make_boxed_func(aot.forward)
+
+
+def exchange_for(axis: Axis, timeout_s: float) -> Exchange:
+    """How to reach the other ranks of ``axis``: not at all in a fake process group, which is one process."""
+    group = torch.distributed.distributed_c10d._resolve_process_group(axis.group_name)  # type: ignore[arg-type]
+    if torch.distributed.get_backend(group) == "fake":
+        return OfflineExchange(axis.size, axis.rank)
+    return GroupExchange(group, timeout_s)
+
+
+def _compile_inference(
+    aot: fx.GraphModule, aot_inputs: Sequence[Any], inputs: Sequence[GraphInput], options: Options
+) -> BoxedCallable:
+    compiled = compile_graph(aot, inputs, options, lambda axis: exchange_for(axis, options.timeout_s))
+    _tell(compiled, options)
+    target = options.target or ("inductor" if _device(aot_inputs) == "cuda" else "eager")
+    guard, watched = _guard(compiled, inputs)
+    read_tokens = token_reader(compiled.original, compiled.tokens)
+    variants = compiled.variants if read_tokens is not None else [compiled.at(_static_tokens(compiled))]
+    lowered: dict[int, BoxedCallable] = {}
+    for variant in variants:
+        if id(variant.gm) not in lowered:
+            lowered[id(variant.gm)] = lower(target, variant.gm, aot_inputs)
+    run = [lowered[id(v.gm)] for v in variants]
+    firsts = [v.first for v in variants]
+
+    def boxed(args: list[Any]) -> Any:
+        if watched:
+            guard.check([args[i] for i in watched])
+        which = bisect.bisect_right(firsts, read_tokens(args)) - 1 if read_tokens is not None else 0
+        return run[which](args)
+
+    boxed._boxed_call = True  # type: ignore[attr-defined]
+    return boxed
+
+
+def _static_tokens(compiled: Compiled) -> int:
+    tokens = compiled.tokens
+    return int(tokens) if tokens is not None and tokens.is_number else compiled.variants[-1].first
+
+
+def _guard(compiled: Compiled, inputs: Sequence[GraphInput]) -> tuple[ParameterGuard, list[int]]:
+    """Watches the parameters whose replication rests on a fingerprint, at their places among the inputs."""
+    places = sorted(
+        {i for facts in compiled.facts.values() for i, fact in enumerate(facts) if fact.source == "fingerprint" and fact.replicated}
+        if compiled.rewritten
+        else set()
+    )
+    tensors = [(inputs[i].name, inputs[i].value) for i in places]
+    return ParameterGuard([(name, t) for name, t in tensors if isinstance(t, torch.Tensor)]), places
+
+
+def _device(values: Sequence[Any]) -> str:
+    return next((v.device.type for v in values if isinstance(v, torch.Tensor)), "cpu")
+
+
+def _tell(compiled: Compiled, options: Options) -> None:
+    """Say what was done: one log line, torch's structured trace, and files in ``dump_dir``."""
+    reports = {v.first: compiled.report(v.steps[-1].interval.at if v.steps else v.first) for v in compiled.variants}
+    for variant in compiled.variants:
+        counts = Counter(c.decision for c in reports[variant.first].collectives)
+        span = f"T >= {variant.first}" if variant.last is None else f"T in [{variant.first}, {variant.last}]"
+        what = ", ".join(f"{n} {decision}" for decision, n in sorted(counts.items())) or "no collectives: unchanged"
+        log.info("cpcompile: %s: %s", span, what)
+    for axis, reason in compiled.refused.items():
+        log.warning("cpcompile: axis %s is left alone: %s", axis, reason)
+    payload = {str(first): report.to_dict() for first, report in reports.items()}
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "cpcompile_report", "encoding": "json"},
+        payload_fn=lambda: json.dumps(payload),
+    )
+    if options.dump_dir is not None:
+        _dump(compiled, payload, Path(options.dump_dir))
+
+
+def _dump(compiled: Compiled, payload: dict[str, Any], directory: Path) -> None:
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    number = len(list(directory.glob(f"rank_{rank}/graph_*"))) if directory.exists() else 0
+    folder = directory / f"rank_{rank}" / f"graph_{number}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(payload, indent=1), encoding="utf-8")
+    compiled.plan.save(folder / "plan.json")
+    for name, graph in [("original", compiled.original)] + [(f"from_{v.first}", v.gm) for v in compiled.variants]:
+        (folder / f"{name}.py").write_text(graph.print_readable(print_output=False), encoding="utf-8")

@@ -1,0 +1,85 @@
+"""What each input of an AOT graph is: its name in the model, its value at the dynamo level, and its kind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.fx as fx
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from cpcompile.replication import Kind
+
+_MODULE_PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]|\.([A-Za-z_]\w*)")
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """One input of the AOT graph.
+
+    Args:
+        name: fully qualified name in the model (``model.norm.weight``), or dynamo's name of the argument.
+        value: the dynamo-level value: the Parameter or DTensor itself, a tensor, a SymInt, or any other object.
+        kind: ``"parameter"``, ``"buffer"``, ``"input"`` or ``"other"``.
+    """
+
+    name: str
+    value: object
+    kind: Kind
+
+
+def describe_inputs(gm: fx.GraphModule, example_inputs: Sequence[object]) -> list[GraphInput]:
+    """The AOT graph's inputs in order, from the dynamo graph's placeholders and example inputs.
+
+    AOTAutograd passes the tensors inside a DTensor (and, since torch 2.13, its mesh) in the DTensor's place.
+    """
+    found = []
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for node, value in zip(placeholders, example_inputs, strict=True):
+        source = source_name(node)
+        given = GraphInput(readable_name(source) or node.name, value, _kind(source, value))
+        found += [given] * _leaves(value)
+    return found
+
+
+def source_name(node: fx.Node) -> str:
+    """Dynamo's name of a placeholder's source, ``""`` where it has none."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
+
+
+def readable_name(source: str) -> str:
+    """``L['self']._modules['model']._parameters['w']`` as ``model.w``; other sources as they are."""
+    if "_modules[" not in source and "_parameters[" not in source and "_buffers[" not in source:
+        return source
+    first = source.find("._")
+    return ".".join(a or b for a, b in _MODULE_PART.findall(source[first:]))
+
+
+def meshes_of(inputs: Sequence[GraphInput]) -> list[DeviceMesh]:
+    """The device meshes among the inputs and of the DTensors among them."""
+    found: dict[int, DeviceMesh] = {}
+    for given in inputs:
+        mesh = given.value if isinstance(given.value, DeviceMesh) else getattr(given.value, "device_mesh", None)
+        if isinstance(mesh, DeviceMesh):
+            found[id(mesh)] = mesh
+    return list(found.values())
+
+
+def _kind(source: str, value: object) -> Kind:
+    if not isinstance(value, torch.Tensor):
+        return "other"
+    if isinstance(value, torch.nn.Parameter) or "_parameters[" in source:
+        return "parameter"
+    return "buffer" if "_buffers[" in source or isinstance(value, torch.nn.Buffer) else "input"
+
+
+def _leaves(value: object) -> int:
+    if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
+        names, _ = value.__tensor_flatten__()
+        return sum(_leaves(getattr(value, name)) for name in names)
+    return 1

@@ -1,0 +1,78 @@
+"""Options of the backend: ``torch.compile(model, backend="cpcompile", options={...})``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cpcompile.costs import PROFILES, HardwareProfile
+from cpcompile.errors import OptionError, nearest
+from cpcompile.plan import Plan
+
+STRATEGIES = ("auto", "tp", "off")
+TARGETS = ("eager", "inductor")
+VERIFICATIONS = ("static", "numeric", "off")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user can ask for.
+
+    Args:
+        axes: mesh axis name → its process group: a ``ProcessGroup``, a one-dimensional ``DeviceMesh``, or a group's
+            name. Empty: every group that the graph all-reduces over, named after its mesh dim where there is one.
+        strategy: ``"auto"`` (best plan per interval of the token count), ``"tp"`` (the plan of a large step, at every
+            token count) or ``"off"``.
+        target: ``"eager"`` or ``"inductor"``; empty chooses inductor on CUDA and eager elsewhere.
+        verify: ``"static"`` proves every rewritten graph, ``"numeric"`` also runs all ranks in lockstep on random
+            inputs and weights, ``"off"`` does neither.
+        require: fnmatch patterns of all-reduces or modules; each must match one that is rewritten, else an error.
+            With it, a failed proof is an error too.
+        deterministic: keep every reduction order: all-reduces stay as they are.
+        plan: a saved plan (or its path) to apply instead of making one.
+        dump_dir: write graphs, plan and report of every compilation there.
+        profile: hardware profile, by name or as a ``HardwareProfile``; empty chooses by device.
+        replicated: fnmatch patterns of inputs that are the same on every rank; ``"!pattern"`` says not.
+        timeout_s: seconds to wait for the other ranks at compile time.
+    """
+
+    axes: Mapping[str, Any] = field(default_factory=dict)
+    strategy: str = "auto"
+    target: str = ""
+    verify: str = "static"
+    require: tuple[str, ...] = ()
+    deterministic: bool = False
+    plan: Plan | str | Path | None = None
+    dump_dir: str | Path | None = None
+    profile: str | HardwareProfile = ""
+    replicated: tuple[str, ...] = ()
+    timeout_s: float = 120.0
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None) -> Options:
+        """Check ``options``. Raises :class:`OptionError` for an unknown name or a value of the wrong kind."""
+        options = dict(options or {})
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in options:
+            if name not in known:
+                raise OptionError(f"unknown option {name!r}{nearest(str(name), known)}")
+        for name in ("require", "replicated"):
+            value = options.get(name, ())
+            options[name] = (value,) if isinstance(value, str) else tuple(value)
+        parsed = cls(**options)
+        _check_choice("strategy", parsed.strategy, STRATEGIES)
+        _check_choice("target", parsed.target, (*TARGETS, ""))
+        _check_choice("verify", parsed.verify, VERIFICATIONS)
+        if isinstance(parsed.profile, str):
+            _check_choice("profile", parsed.profile, (*PROFILES, ""))
+        if not isinstance(parsed.axes, Mapping):
+            raise OptionError(f"axes is {type(parsed.axes).__name__}: give a dict of axis name to process group")
+        return parsed
+
+
+def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise OptionError(f"{name}={value!r} is not known{nearest(str(value), [k for k in known if k])}")

@@ -1,0 +1,383 @@
+"""The pipeline: canonicalise, annotate, place, materialise and verify a captured graph, for every axis and interval of T.
+
+Decisions are functions of what all ranks share: one exchange establishes the facts, one compares the outcome, and if
+any rank could not rewrite or prove its graph, every rank runs the graph as it came.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from cpcompile.axes import Axis, find_axes
+from cpcompile.costs import HardwareProfile, profile
+from cpcompile.errors import AxisError, CpcompileError, PlanError, RequirementError
+from cpcompile.exchange import Exchange
+from cpcompile.graph_inputs import GraphInput, meshes_of
+from cpcompile.options import Options
+from cpcompile.passes.canonicalise import Canonicalise
+from cpcompile.passes.collectives import find_all_reduces
+from cpcompile.passes.describe import describe
+from cpcompile.passes.materialise import materialise
+from cpcompile.passes.place import place
+from cpcompile.passes.placement_problem import PlacementGraph, build
+from cpcompile.passes.token_dims import Annotation, annotate
+from cpcompile.passes.token_layout import Expr, size_expr
+from cpcompile.plan import AxisPlan, Interval, Plan
+from cpcompile.replication import InputFact, exchange_facts, structure_fingerprint
+from cpcompile.report import Collective, PassRun, Report
+
+log = logging.getLogger("cpcompile")
+
+
+@dataclass
+class Variant:
+    """The graph to run for token counts in ``[first, last]``."""
+
+    first: int
+    last: int | None
+    gm: fx.GraphModule
+    steps: list[Step] = field(default_factory=list)
+
+
+@dataclass
+class Step:
+    """How one axis was rewritten in a variant."""
+
+    graph: PlacementGraph
+    interval: Interval
+    gathers: list[list[str]]
+
+
+@dataclass
+class Compiled:
+    """The outcome of the pipeline.
+
+    Args:
+        original: the graph as it came.
+        variants: by ascending token count, without gaps.
+        plan: the plan of every axis.
+        tokens: the token count as an expression, None where nothing was placed.
+        passes: what ran, in order.
+        facts: per axis name, what was established of every graph input.
+        proofs: one entry per proof: axis, interval, whether it held, and the failures.
+        refused: axis name → why it was left alone.
+        guarded: inputs whose replication rests on a fingerprint.
+    """
+
+    original: fx.GraphModule
+    variants: list[Variant]
+    plan: Plan
+    tokens: Expr | None = None
+    passes: list[PassRun] = field(default_factory=list)
+    facts: dict[str, list[InputFact]] = field(default_factory=dict)
+    proofs: list[dict[str, Any]] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    unplaced: list[Collective] = field(default_factory=list)
+    axes: list[Axis] = field(default_factory=list)
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether any variant differs from the graph as it came."""
+        return any(v.steps for v in self.variants)
+
+    def at(self, tokens: int) -> Variant:
+        """The variant for ``tokens`` tokens."""
+        return next(v for v in self.variants if v.first <= tokens and (v.last is None or tokens <= v.last))
+
+    def report(self, tokens: int) -> Report:
+        """What happens to a step of ``tokens`` tokens."""
+        variant = self.at(tokens)
+        report = Report(tokens, len(self.original.graph.nodes), len(variant.gm.graph.nodes), passes=self.passes)
+        for step in variant.steps:
+            report.collectives += describe(step.graph, step.interval, tokens, step.gathers)
+            i, axis = step.interval, step.graph.known.axis
+            report.solver.append(
+                {"axis": axis.name, "solver": i.solver, "at": i.at, "cost_s": i.cost_s, "bound_s": i.bound_s,
+                 "unchanged_s": i.unchanged_s, "certificate": i.cost_s == i.bound_s, "first": i.first, "last": i.last}
+            )  # fmt: skip
+        report.collectives += self.unplaced
+        report.verify = {"proofs": self.proofs, "holds": all(p["holds"] for p in self.proofs)}
+        report.axes = [
+            {"name": a.name, "size": a.size, "rank": a.rank, "refused": self.refused.get(a.name, "")} for a in self.axes
+        ]
+        return report
+
+
+class Runner:
+    """Runs passes, times them, and notes what they did."""
+
+    def __init__(self) -> None:
+        self.runs: list[PassRun] = []
+
+    def run(self, name: str, work: Callable[[], Any]) -> Any:
+        """Call ``work`` and note its time; a :class:`PassResult` tells rewrites and refusals."""
+        began = time.perf_counter()
+        result = work()
+        refusals = tuple((r.node, r.reason) for r in getattr(result, "refusals", ()))
+        self.runs.append(PassRun(name, time.perf_counter() - began, getattr(result, "rewrites", 0), refusals))
+        return result
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    inputs: Sequence[GraphInput],
+    options: Options,
+    exchange_for: Callable[[Axis], Exchange],
+    axes: Sequence[Axis] | None = None,
+) -> Compiled:
+    """Run the pipeline on a functional ATen graph.
+
+    Args:
+        gm: one rank's graph; canonicalised in place.
+        inputs: what each of its inputs is.
+        options: the user's options.
+        exchange_for: how to reach the other ranks of an axis.
+        axes: the axes, where the caller knows them; else found from ``options.axes`` and the graph.
+
+    Raises:
+        AxisError, PlanError: the axes or the plan do not fit the graph.
+        RequirementError: something that ``options.require`` names was not rewritten, or a proof failed under it.
+    """
+    runner = Runner()
+    original = fx.GraphModule(gm, copy_graph(gm.graph))
+    runner.run("canonicalise", lambda: Canonicalise()(gm))
+    result = Compiled(original, [Variant(0, None, original)], Plan(), passes=runner.runs)
+    reduced = find_all_reduces(gm)
+    result.axes = list(axes) if axes is not None else find_axes((ar.group_name for ar in reduced), options.axes, meshes_of(inputs))
+    _check_axes(result.axes, {ar.group_name for ar in reduced}, options)
+    if options.strategy == "off" or options.deterministic or not result.axes:
+        why = _why_nothing(options)
+        result.refused = {axis.name: why for axis in result.axes}
+        result.unplaced = [_kept(ar.wait.name, ar.group_name, why) for ar in reduced]
+        _require(result, options, [])
+        return result
+    _rewrite(gm, inputs, options, exchange_for, result, runner)
+    return result
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of ``graph`` with its metadata."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    return copy
+
+
+def _why_nothing(options: Options) -> str:
+    if options.strategy == "off":
+        return "strategy='off'"
+    return "deterministic=True keeps every reduction order" if options.deterministic else "no collective of a known group"
+
+
+def _kept(name: str, group: str, reason: str) -> Collective:
+    return Collective(name, "all_reduce", group, "", "keep", "all_reduce", 0, 0, "", "", reason)
+
+
+def _check_axes(axes: Sequence[Axis], groups: set[str], options: Options) -> None:
+    """A given axis that the graph never reduces over is most likely a mistake; say so instead of doing nothing."""
+    for axis in axes:
+        if options.axes and groups and not any(axis.owns(g) for g in groups):
+            raise AxisError(
+                f"axis {axis.name!r} has ranks {list(axis.ranks)}, and no all-reduce of the graph runs over them "
+                f"(its groups: {sorted(groups)}); give the group that the model was sharded over"
+            )
+
+
+def _rewrite(
+    gm: fx.GraphModule,
+    inputs: Sequence[GraphInput],
+    options: Options,
+    exchange_for: Callable[[Axis], Exchange],
+    result: Compiled,
+    runner: Runner,
+) -> None:
+    """Rewrite ``gm`` axis by axis; on a failure of any rank, keep the graph as it came."""
+    saved = options.plan if isinstance(options.plan, Plan) or options.plan is None else Plan.load(options.plan)
+    hardware = profile(options.profile or default_profile(inputs))
+    variants, plans, failure = [Variant(0, None, gm)], [], ""
+    exchanges = {axis: exchange_for(axis) for axis in result.axes}
+    try:
+        for axis in result.axes:
+            variants, axis_plans = _rewrite_axis(variants, axis, inputs, options, exchanges[axis], hardware, saved, result, runner)
+            plans += axis_plans
+    except CpcompileError:
+        raise
+    except Exception as error:  # a bug of ours must not take the user's model down on one rank only
+        log.exception("cpcompile failed")
+        failure = f"{type(error).__name__}: {error}"
+    plan = Plan(tuple(plans))
+    failed = [f"{p['axis']}: {p['failures'][0]}" for p in result.proofs if not p["holds"]]
+    failure = failure or (failed[0] if failed else "")
+    for axis, exchange in exchanges.items():
+        failure = _agree(axis, exchange, plan, failure)
+    if failure:
+        log.warning("cpcompile: the graph runs as it came: %s", failure)
+        if options.require:
+            raise RequirementError(f"not rewritten: {failure}")
+        result.refused = {axis.name: failure for axis in result.axes}
+        return
+    result.plan = plan
+    result.variants = variants if any(v.steps for v in variants) else result.variants
+    _require(result, options, variants)
+
+
+def _agree(axis: Axis, exchange: Exchange, plan: Plan, failure: str) -> str:
+    """The failure of any rank of ``axis``; differing plans are one."""
+    mine = (hashlib.sha256(plan.to_json().encode()).hexdigest(), failure)
+    outcomes = exchange.all_gather(mine, "outcome of the rewrite")
+    for rank, outcome in enumerate(outcomes):
+        if outcome[1]:  # type: ignore[index]
+            return f"rank {rank} of axis {axis.name}: {outcome[1]}"  # type: ignore[index]
+    if len({outcome[0] for outcome in outcomes}) > 1:  # type: ignore[index]
+        return f"the ranks of axis {axis.name} made different plans: give all of them the same options and inputs"
+    return failure
+
+
+def _rewrite_axis(
+    variants: list[Variant],
+    axis: Axis,
+    inputs: Sequence[GraphInput],
+    options: Options,
+    exchange: Exchange,
+    hardware: HardwareProfile,
+    saved: Plan | None,
+    result: Compiled,
+    runner: Runner,
+) -> tuple[list[Variant], list[AxisPlan]]:
+    """Split every variant by the intervals of this axis's plan for it."""
+    found: list[Variant] = []
+    plans = []
+    for variant in variants:
+        names = unique_names(inputs)
+        facts = runner.run(
+            "facts",
+            lambda gm=variant.gm, names=names: exchange_facts(
+                gm, names, [i.value for i in inputs], [i.kind for i in inputs], axis, exchange, declared=options.replicated
+            ),
+        )
+        result.facts[axis.name] = facts.inputs
+        placeholders = [n.name for n in variant.gm.graph.find_nodes(op="placeholder")]
+        same = {p: f.replicated for p, f in zip(placeholders, facts.inputs, strict=True)}
+        known: Annotation = runner.run("annotate", lambda gm=variant.gm, f=facts, s=same: annotate(gm, axis, s, f.rank_dependent))
+        reason = _unplaceable(known)
+        if reason:
+            result.refused[axis.name] = reason
+            result.unplaced += [_kept(w.name, axis.name, reason) for w in known.all_reduces]
+            found.append(variant)
+            continue
+        result.tokens = known.tokens
+        graph = runner.run("problem", lambda k=known: build(k, hardware))
+        fingerprint = structure_fingerprint(variant.gm)
+        if saved is not None:
+            plan = _saved_plan(saved, axis, fingerprint)
+        else:
+            plan = runner.run("place", lambda g=graph, f=fingerprint: place(g, hardware, options.strategy, f))
+        plans.append(plan)
+        for interval in plan.intervals:
+            made = _materialise(variant, interval, graph, same, options, result, runner)
+            if made is not None:
+                found.append(made)
+    return found, plans
+
+
+def _unplaceable(known: Annotation) -> str:
+    if known.tokens is None or not known.all_reduces:
+        return f"no sum all-reduce of axis {known.axis.name!r} carries tokens"
+    if known.tokens.is_zero:
+        return "there are no tokens: nothing to split"
+    return ""
+
+
+def _materialise(
+    variant: Variant,
+    interval: Interval,
+    graph: PlacementGraph,
+    replicated: dict[str, bool],
+    options: Options,
+    result: Compiled,
+    runner: Runner,
+) -> Variant | None:
+    first = max(variant.first, interval.first)
+    last = min((v for v in (variant.last, interval.last) if v is not None), default=None)
+    if last is not None and last < first:
+        return None
+    if interval.unchanged:
+        return replace(variant, first=first, last=last, steps=[*variant.steps, Step(graph, interval, [])])
+    gm = runner.run("materialise", lambda: materialise(variant.gm, graph, interval))
+    known = graph.known
+    if options.verify != "off":
+        from cpcompile.passes.verify_static import prove
+
+        proof = runner.run("verify-static", lambda: prove(variant.gm, gm, known.axis, known.tokens, replicated.__getitem__))
+        result.proofs.append(
+            {"axis": known.axis.name, "first": first, "last": last, "holds": proof.holds,
+             "failures": [f"{f.node}: {f.message}" for f in proof.failures]}
+        )  # fmt: skip
+    return Variant(first, last, gm, [*variant.steps, Step(graph, interval, gm.meta["gathers"])])
+
+
+def _saved_plan(saved: Plan, axis: Axis, fingerprint: str) -> AxisPlan:
+    plans = [p for p in saved.axes if p.axis == axis.name]
+    if not plans:
+        raise PlanError(f"the plan has no axis {axis.name!r} (it has {[p.axis for p in saved.axes]}): make a new plan")
+    for plan in plans:
+        if plan.graph == fingerprint:
+            if plan.size != axis.size:
+                raise PlanError(f"the plan is for {plan.size} ranks and axis {axis.name!r} has {axis.size}: make a new plan")
+            return plan
+    raise PlanError(f"the plan is of another graph ({plans[0].graph}, this one is {fingerprint}): make a new plan")
+
+
+def _require(result: Compiled, options: Options, variants: Sequence[Variant]) -> None:
+    """Every required pattern is rewritten in some interval, else an error."""
+    missing = set(options.require)
+    for variant in variants:
+        tokens = variant.steps[-1].interval.at if variant.steps else variant.first
+        rows = [c for s in variant.steps for c in describe(s.graph, s.interval, tokens, s.gathers)]
+        missing &= set(Report(tokens, collectives=rows).missing(options.require))
+    if missing:
+        raise RequirementError(
+            f"require={min(missing)!r}: no rewritten all-reduce or module of that name; `cpcompile explain` lists each with its reason"
+        )
+
+
+def unique_names(inputs: Sequence[GraphInput]) -> list[str]:
+    """The inputs' names, numbered where several share one (the tensors inside one DTensor)."""
+    seen: dict[str, int] = {}
+    names = []
+    for given in inputs:
+        seen[given.name] = count = seen.get(given.name, 0) + 1
+        names.append(given.name if count == 1 else f"{given.name}#{count}")
+    return names
+
+
+def default_profile(inputs: Sequence[GraphInput]) -> str:
+    """The hardware profile of the device that the inputs are on."""
+    device = next((i.value.device for i in inputs if isinstance(i.value, torch.Tensor)), torch.device("cpu"))
+    if device.type == "npu":
+        return "ascend-a3"
+    if device.type == "cuda":
+        return "h200-nvlink" if "H200" in torch.cuda.get_device_name(device) else "h100-nvlink"
+    return "gloo"
+
+
+def token_reader(gm: fx.GraphModule, tokens: Expr | None) -> Callable[[Sequence[Any]], int] | None:
+    """How to read the token count off a call's inputs; None where it is static or cannot be read."""
+    if tokens is None or tokens.is_number:
+        return None
+    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and value.node.expr == tokens:
+            return lambda args, i=index: int(args[i])
+        if isinstance(value, torch.Tensor):
+            for dim, size in enumerate(value.shape):
+                if size_expr(size) == tokens:
+                    return lambda args, i=index, d=dim: int(args[i].shape[d])
+    return None

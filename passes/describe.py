@@ -1,0 +1,129 @@
+"""Describe: one row with decision, elements and reason for every all-reduce of an axis and every gather of its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import sympy
+import torch.fx as fx
+
+from cpcompile.passes.placement_problem import PlacementGraph
+from cpcompile.passes.placement_rules import Mixing
+from cpcompile.passes.token_layout import product
+from cpcompile.plan import Interval
+from cpcompile.report import Collective
+
+_BECOMES = {
+    "scatter": ("scatter", "reduce_scatter"),
+    "scatter+gather": ("scatter", "reduce_scatter, all_gather"),
+    "reduce": ("keep", "all_reduce"),
+    "": ("keep", "nothing: no one reads it"),
+}
+_STEPS = {"scatter": 1, "scatter+gather": 2, "reduce": 2, "gather": 1, "": 0}
+
+
+def module_of(node: fx.Node) -> str:
+    """The module that a node comes from, as the model names it; ``""`` outside any."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(next(reversed(stack.values()))[0])
+    return path.removeprefix("L['self'].").removeprefix("L['self']").split(".forward.__closure__")[0]
+
+
+def describe(
+    graph: PlacementGraph, interval: Interval, tokens: int, gathers: Sequence[Sequence[str]]
+) -> list[Collective]:
+    """Rows for one axis at ``tokens`` tokens, in graph order.
+
+    Args:
+        graph: the placement graph.
+        interval: the plan that holds at ``tokens``.
+        tokens: the token count that elements are stated for.
+        gathers: names of the values that each all-gather carries.
+    """
+    fused = {name: number for number, names in enumerate(gathers) for name in names}
+    rows = []
+    for node in graph.known.shapes:
+        route = interval.raises.get(node.name, "")
+        if node in graph.known.all_reduces:
+            rows.append(_all_reduce(graph, node, route, interval, tokens, fused.get(node.name)))
+        elif route:
+            rows.append(_raised(graph, node, route, tokens, fused.get(node.name)))
+    return rows
+
+
+def _elements(graph: PlacementGraph, node: fx.Node, steps: int, tokens: int) -> tuple[int, str]:
+    size = graph.known.axis.size
+    whole = product(graph.known.shapes[node][0])
+    expr = whole * sympy.Rational(steps * (size - 1), size)
+    t = graph.known.tokens
+    assert t is not None
+    if t.is_number:
+        return round(float(expr)), str(expr)
+    value = expr.subs({s: tokens if s == t else graph.hints.get(s, 1) for s in expr.free_symbols})
+    return round(float(value)), str(expr.subs(t, sympy.Symbol("T")))
+
+
+def _all_reduce(
+    graph: PlacementGraph, node: fx.Node, route: str, interval: Interval, tokens: int, fused: int | None
+) -> Collective:
+    before, before_expr = _elements(graph, node, 2, tokens)
+    axis, module = graph.known.axis.name, module_of(graph.known.all_reduces[node].start)
+    if node not in graph.number:
+        outcome = graph.known.classes.get(node)
+        reason = outcome.reason if isinstance(outcome, Mixing) else "it carries no tokens"
+        return Collective(node.name, "all_reduce", axis, module, "keep", "all_reduce", before, before, before_expr, before_expr, reason)
+    target = _summed_into(graph, node, interval) if not route else None
+    if target is not None:
+        decision = "merge" if len(_addends(graph, target, interval)) > 1 else "sink"
+        reason = f"the sum over the ranks is taken once, of {target.name}"
+        return Collective(node.name, "all_reduce", axis, module, decision, f"part of {target.name}", before, 0, before_expr, "0", reason)
+    decision, becomes = _BECOMES[route]
+    after, after_expr = _elements(graph, node, _STEPS[route], tokens)
+    reason = _why_scattered(graph, node, interval) if decision == "scatter" else _why_kept(interval, route)
+    return Collective(
+        node.name, "all_reduce", axis, module, decision, becomes, before, after, before_expr, after_expr, reason, fused
+    )
+
+
+def _why_kept(interval: Interval, route: str) -> str:
+    if not route:
+        return "its result is not used"
+    return f"one all-reduce is cheaper here than any placement with shards (T = {interval.at}: {interval.cost_s * 1e3:.3g} ms in all)"
+
+
+def _why_scattered(graph: PlacementGraph, node: fx.Node, interval: Interval) -> str:
+    users = [c for v, c, _ in graph.uses if v is node and c is not None]
+    local = [graph.choices[c].node for c in users if interval.labels.get(graph.choices[c].node.name) == "S"]
+    return f"its readers are row-wise and run on 1/{graph.known.axis.size} of the rows: {', '.join(n.name for n in local[:3])}"
+
+
+def _raised(graph: PlacementGraph, node: fx.Node, route: str, tokens: int, fused: int | None) -> Collective:
+    after, expr = _elements(graph, node, _STEPS[route], tokens)
+    kind = "all_gather" if route == "gather" else "sum of partial values"
+    decision = {"gather": "gather", "reduce": "keep"}.get(route, "scatter")
+    becomes = {"gather": "all_gather", "reduce": "all_reduce"}.get(route, _BECOMES.get(route, ("", ""))[1])
+    whole = [f"{consumer.name}: {why}" for consumer, why in graph.consumers.get(node, [])]
+    reason = f"needed whole by {'; '.join(whole[:2])}" if whole else "its readers run on shards" if decision == "scatter" else "its readers run whole"
+    return Collective(node.name, kind, graph.known.axis.name, module_of(node), decision, becomes, 0, after, "0", expr, reason, fused)
+
+
+def _readers(graph: PlacementGraph, node: fx.Node) -> list[fx.Node]:
+    return [graph.choices[c].node for v, c, _ in graph.uses if v is node and c is not None]
+
+
+def _summed_into(graph: PlacementGraph, node: fx.Node, interval: Interval) -> fx.Node | None:
+    """The value at which a partial sum is finally reduced; None if nobody reads it."""
+    while node.name not in interval.raises:
+        following = [n for n in _readers(graph, node) if interval.labels.get(n.name) == "P"]
+        if not following:
+            return None
+        node = following[0]
+    return node
+
+
+def _addends(graph: PlacementGraph, target: fx.Node, interval: Interval) -> list[fx.Node]:
+    return [w for w in graph.known.all_reduces if w in graph.number and w is not target and _summed_into(graph, w, interval) is target]
+
+

@@ -1,0 +1,270 @@
+"""Materialise: rewrite the graph as one interval of a plan places it.
+
+Before: every value whole on every rank, all-reduces of partial sums.
+After: placed ops run on this rank's ``ceil(T/n)`` rows, reduce-scatters and all-gathers where the plan raises a
+value, gathers that can run together fused into one, and whole values everywhere else; outputs are whole.
+Refuses: nothing. A plan that does not fit the graph is an error before anything is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from cpcompile.errors import PlanError
+from cpcompile.passes.placement_problem import PlacementGraph
+from cpcompile.passes.placement_rules import UNUSED, RowWise, op_name
+from cpcompile.passes.shard_ops import ShardEmitter
+from cpcompile.passes.token_layout import TokenDim, product
+from cpcompile.plan import Interval
+
+GATHERING = ("gather", "scatter+gather")
+
+
+def materialise(gm: fx.GraphModule, graph: PlacementGraph, interval: Interval) -> fx.GraphModule:
+    """Return a new graph module in which ``interval`` of a plan is carried out; ``gm`` is left as it is.
+
+    ``meta["gathers"]`` of the result lists, per all-gather, the names of the values that it carries.
+
+    Raises:
+        PlanError: the plan names a node that the graph lacks or that cannot be placed as it says.
+    """
+    _check_fits(graph, interval)
+    return _Builder(gm, graph, interval).run()
+
+
+def _check_fits(graph: PlacementGraph, interval: Interval) -> None:
+    choices = {choice.node.name: choice for choice in graph.choices}
+    for name, label in interval.labels.items():
+        if name not in choices or label not in ("P", "S") or (label == "P" and not choices[name].partial):
+            raise PlanError(f"the plan places {name!r} at {label!r}, which this graph does not allow: make a new plan")
+    unknown = interval.raises.keys() - {node.name for node in graph.values}
+    if unknown:
+        raise PlanError(f"the plan raises {min(unknown)!r}, which this graph lacks: make a new plan")
+
+
+class _Builder:
+    """Builds the new graph; ``env`` holds every copy of every value: at P, S (per token dim) and R."""
+
+    def __init__(self, gm: fx.GraphModule, graph: PlacementGraph, interval: Interval) -> None:
+        assert graph.known.tokens is not None
+        self.gm, self.graph, self.known, self.interval = gm, graph, graph.known, interval
+        self.new = fx.Graph()
+        self.emitter = ShardEmitter(self.new, self.known.axis, graph.known.tokens, fake_mode_of(gm))
+        self.env: dict[tuple[fx.Node, str, TokenDim | None], fx.Node] = {}
+        self.starts = {ar.start for wait, ar in self.known.all_reduces.items() if wait in graph.number}
+        self.depth = self._depths()
+        self.groups = self._gather_groups()
+        self.gathered: list[list[str]] = []
+
+    def run(self) -> fx.GraphModule:
+        for node in self._order():
+            self.emitter.meta = {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
+            if node not in self.starts and not self._is_view(node):
+                self._visit(node)
+        rewritten = fx.GraphModule(self.gm, self.new)
+        rewritten.meta.update(self.gm.meta)
+        rewritten.meta["gathers"] = self.gathered
+        self.new.eliminate_dead_code()
+        self.new.lint()
+        rewritten.recompile()
+        return rewritten
+
+    def _is_view(self, node: fx.Node) -> bool:
+        """Views are made when asked for, at the placement that is asked for; outputs of a tuple come with it."""
+        origin = self.graph.origin.get(node)
+        return origin is not None and origin is not node
+
+    def label(self, node: fx.Node) -> str:
+        """Placement at which ``node`` is computed."""
+        value = self.graph.origin.get(node, node)
+        number = self.graph.values[value][0] if value in self.graph.values else self.graph.number.get(value)
+        if number is None:
+            return "R"
+        choice = self.graph.choices[number]
+        return "P" if choice.reduced else self.interval.labels.get(choice.node.name, "R")
+
+    def demand(self, node: fx.Node, operand: fx.Node, label: str) -> tuple[str, TokenDim | None]:
+        """Placement at which ``node``, made at ``label``, reads ``operand``, and where it expects the tokens."""
+        outcome = self.known.classes.get(node)
+        wanted = outcome.operands.get(operand) if isinstance(outcome, RowWise) else None
+        if wanted is UNUSED:
+            own = self.label(operand)
+            return own, self._layout(operand) if own == "S" else None
+        placed = node in self.graph.number or node in self.graph.origin
+        if label == "S" and placed and isinstance(wanted, TokenDim):
+            return "S", wanted
+        if label == "P" and placed and (operand in self.graph.origin or operand in self.graph.number):
+            return "P", None
+        return "R", None
+
+    def _depths(self) -> dict[fx.Node, int]:
+        """How many gathers lie before each node, at most; constants as late as their first user."""
+        depth: dict[fx.Node, int] = {}
+        constant: list[fx.Node] = []
+        for node in self.gm.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                depth[node] = 0
+                continue
+            depth[node] = max((depth[n] + self._gathers(node, n) for n in node.all_input_nodes), default=0)
+            if node.op == "call_function" and not self.known.layouts.get(node) and node in self.known.replicated:
+                constant.append(node)
+        for node in reversed(constant):
+            depth[node] = max(depth[node], min((depth[user] for user in node.users), default=0))
+        return depth
+
+    def _gathers(self, node: fx.Node, operand: fx.Node) -> bool:
+        value = self.graph.origin.get(operand)
+        if value is None or self.interval.raises.get(value.name) not in GATHERING or self._is_view(node):
+            return False
+        return self.demand(node, operand, self.label(node))[0] == "R"
+
+    def _order(self) -> Iterable[fx.Node]:
+        """Nodes with what needs no further gather first, so that gathers meet; as they were if order has effects."""
+        nodes = list(self.gm.graph.nodes)
+        if any(n.op == "call_function" and _has_effects(n) for n in nodes):
+            return nodes
+        index = {n: i for i, n in enumerate(nodes)}
+        last = 1 + max(self.depth.values(), default=0)
+        return sorted(nodes, key=lambda n: (-1 if n.op == "placeholder" else last if n.op == "output" else self.depth[n], index[n]))
+
+    def _gather_groups(self) -> dict[fx.Node, list[fx.Node]]:
+        """Values that are gathered together: same depth, same dtype, same leading dims."""
+        keys: dict[tuple[Any, ...], list[fx.Node]] = {}
+        for value in self.graph.values:
+            if self.interval.raises.get(value.name) in GATHERING:
+                layout, shape = self._layout(value), self.known.shapes[value][0]
+                pre = product(shape[: layout.dim]) * layout.outer
+                keys.setdefault((self.depth[value], value.meta["val"].dtype, pre), []).append(value)
+        return {value: group for group in keys.values() for value in group}
+
+    def _layout(self, value: fx.Node) -> TokenDim:
+        layout = self.known.layouts[value][0]
+        assert layout is not None
+        return layout
+
+    def _visit(self, node: fx.Node) -> None:
+        if node.op in ("placeholder", "get_attr"):
+            copy = self.new.node_copy(node)
+            copy.meta = dict(node.meta)
+            self.env[node, "R", None] = copy
+            if node.op == "placeholder":
+                self.emitter.bind(copy)
+            return
+        if node in self.known.all_reduces and node in self.graph.number:
+            self.env[node, "P", None] = self._partial_input(node)
+            return
+        if op_name(node.target) in ("aten.sym_size", "aten.sym_numel") and self._size_of_shard(node):
+            return
+        label = self.label(node)
+        layout = self._layout(node) if label == "S" else None
+        self.env[node, label, layout] = self._emit(node, label)
+
+    def _size_of_shard(self, node: fx.Node) -> bool:
+        """A size is the whole value's, whatever copy is at hand: compute it from the inputs' sizes instead."""
+        source = node.all_input_nodes[0]
+        value = node.meta.get("val")
+        if self.label(source) != "S" or not isinstance(value, torch.SymInt):
+            return False
+        size = self.emitter.size(value.node.expr)
+        assert isinstance(size, fx.Node)
+        self.env[node, "R", None] = size
+        return True
+
+    def _partial_input(self, wait: fx.Node) -> fx.Node:
+        source = self.known.all_reduces[wait].input
+        raw = self.get(source, "R", None)
+        value = source.meta["val"]
+        row_major = self.emitter.fake(self.known.shapes[source][0], value)
+        if row_major is not None and row_major.stride() != value.stride():
+            raw = self.emitter.contiguous(raw, value, self.known.shapes[source][0])
+        return raw
+
+    def _emit(self, node: fx.Node, label: str) -> fx.Node:
+        """Copy ``node``, reading its operands where ``label`` demands them and sizing it for its rows."""
+        operands = {n: self.get(n, *self.demand(node, n, label)) for n in node.all_input_nodes}
+        outcome = self.known.classes.get(node)
+        if label != "S":
+            copy = self.new.node_copy(node, lambda n: operands[n])
+            copy.meta = dict(node.meta)
+            return copy
+        assert isinstance(outcome, RowWise)
+        if outcome.identity:
+            return operands[node.all_input_nodes[0]]
+        layout = self._layout(node)
+        local = self.emitter.size(layout.size(self.emitter.local))
+        copy = self.new.node_copy(node, lambda n: operands[n])
+        copy.meta = {**node.meta, "val": self._local_val(node)}
+        if outcome.size_arg is not None:
+            sizes = list(copy.args[outcome.size_arg])  # type: ignore[arg-type]
+            sizes[layout.dim] = local
+            copy.update_arg(outcome.size_arg, sizes)
+        return copy
+
+    def _local_val(self, node: fx.Node) -> Any:
+        value = node.meta["val"]
+        layouts = self.known.layouts[node]
+        if isinstance(value, torch.Tensor):
+            assert layouts[0] is not None
+            return self.emitter.local_fake(value, layouts[0])
+        return type(value)(
+            self.emitter.local_fake(v, layout) if layout is not None else v for v, layout in zip(value, layouts, strict=True)
+        )
+
+    def get(self, node: fx.Node, level: str, layout: TokenDim | None) -> fx.Node:
+        """The copy of ``node`` at ``level``, made if need be."""
+        key = (node, level, layout)
+        if key in self.env:
+            return self.env[key]
+        made = self._emit(node, level) if self._is_view(node) else self._raise(node, level, layout)
+        self.env[key] = made
+        return made
+
+    def _raise(self, node: fx.Node, level: str, layout: TokenDim | None) -> fx.Node:
+        own = self.label(node)
+        assert own != level, f"{node} is read at {level} before it is made"
+        value, shape = node.meta["val"], self.known.shapes[node][0]
+        route = self.interval.raises.get(node.name, "")
+        if level == "S":
+            assert layout is not None
+            if own == "P" and route != "reduce":
+                return self.emitter.scatter(self.get(node, "P", None), value, shape, layout)
+            return self.emitter.own_rows(self.get(node, "R", None), value, shape, layout)
+        assert level == "R", f"{node} is wanted at {level} and made at {own}"
+        if own == "P" and route == "reduce":
+            return self.emitter.all_reduce(self.get(node, "P", None), value, shape)
+        assert route in GATHERING, f"{node} is wanted whole and made at {own}, and the plan has no collective for it"
+        return self._gather(node)
+
+    def _gather(self, node: fx.Node) -> fx.Node:
+        """Gather ``node`` and with it whatever of its group is there."""
+        ready = [v for v in self.groups[node] if v is node or self._is_there(v)]
+        parts = [
+            (self.get(v, "S", self._layout(v)), v.meta["val"], self.known.shapes[v][0], self._layout(v)) for v in ready
+        ]
+        self.gathered.append([v.name for v in ready])
+        for v, whole in zip(ready, self.emitter.gather(parts), strict=True):
+            self.env[v, "R", None] = whole
+        return self.env[node, "R", None]
+
+    def _is_there(self, value: fx.Node) -> bool:
+        layout = None if self.label(value) == "P" else self._layout(value)
+        return (value, self.label(value), layout) in self.env and (value, "R", None) not in self.env
+
+
+def _has_effects(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode | None:
+    """The fake mode of the graph's ``meta["val"]`` tensors, None if there are none."""
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
