@@ -38,14 +38,12 @@ class HardwareProfile:
     memory_bandwidth: float
     source: str
 
-    def wire(self, size: int, value_bytes: float) -> float:
-        """Seconds on the wire of a reduce-scatter or all-gather over ``size`` ranks; a ring all-reduce takes two.
+    def seconds_per_byte(self, size: int) -> float:
+        """Seconds per byte of the full value in a reduce-scatter or all-gather over ``size`` ranks; all-reduces take two.
 
-        Args:
-            size: number of ranks.
-            value_bytes: bytes of the full value.
+        On the wire, and read and written once in memory: packing, padding and unpacking are copies.
         """
-        return value_bytes * (size - 1) / size / self.bandwidth
+        return (size - 1) / size / self.bandwidth + 2 / self.memory_bandwidth
 
     def compute(self, flops: float, moved_bytes: float) -> float:
         """Seconds of an op on one rank."""

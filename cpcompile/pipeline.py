@@ -264,7 +264,11 @@ def _rewrite_axis(
         )
         result.facts[axis.name] = facts.inputs
         placeholders = [n.name for n in variant.gm.graph.find_nodes(op="placeholder")]
-        same = {p: f.replicated for p, f in zip(placeholders, facts.inputs, strict=True)}
+        # Sizes are part of the axis's contract: every rank runs the same step.
+        same = {
+            p: f.replicated or not isinstance(i.value, torch.Tensor)
+            for p, f, i in zip(placeholders, facts.inputs, inputs, strict=True)
+        }
         known: Annotation = runner.run("annotate", lambda gm=variant.gm, f=facts, s=same: annotate(gm, axis, s, f.rank_dependent))
         reason = _unplaceable(known)
         if reason:

@@ -122,6 +122,8 @@ class Plan:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise PlanError(f"cannot read the plan {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise PlanError(f"the plan {path} is not UTF-8 text; save one with Plan.save") from error
 
     def diff(self, other: Plan) -> list[str]:
         """Differences to ``other``, one line each; empty if both place everything alike."""
@@ -138,7 +140,7 @@ class Plan:
 def _axis_diff(a: AxisPlan, b: AxisPlan) -> list[str]:
     lines = [
         f"{key}: {getattr(a, key)} -> {getattr(b, key)}"
-        for key in ("size", "graph", "strategy", "profile")
+        for key in ("size", "tokens", "graph", "strategy", "profile", "refused")
         if getattr(a, key) != getattr(b, key)
     ]
     spans = [[(i.first, i.last) for i in plan.intervals] for plan in (a, b)]

@@ -54,7 +54,7 @@ class _Builder:
         assert graph.known.tokens is not None
         self.gm, self.graph, self.known, self.interval = gm, graph, graph.known, interval
         self.new = fx.Graph()
-        self.emitter = ShardEmitter(self.new, self.known.axis, graph.known.tokens, fake_mode_of(gm))
+        self.emitter = ShardEmitter(self.new, self.known.axis, graph.known.tokens, fake_mode_of(gm), graph.hints)
         self.env: dict[tuple[fx.Node, str, TokenDim | None], fx.Node] = {}
         self.starts = {ar.start for wait, ar in self.known.all_reduces.items() if wait in graph.number}
         self.depth = self._depths()

@@ -48,7 +48,8 @@ class Use:
     """Op number ``op`` (None: something that is whole on every rank) reads value number ``value``.
 
     ``demand[l]`` is the lowest label at which the value must be available when the op has label ``l``; it does not
-    fall as ``l`` rises.
+    fall as ``l`` rises. ``demand[P] == P`` says that the op at P sums partial values: then the value's own label must
+    be P too, for a whole value is no partial sum (n ranks would count it n times).
     """
 
     value: int
@@ -107,6 +108,11 @@ def raise_route(value: ValueChoice, low: int, high: int) -> tuple[int | None, st
     return min(routes, key=lambda route: route[0] or 0) if routes else (None, "")
 
 
+def sums_partial(problem: Problem, use: Use) -> bool:
+    """Whether ``use.op`` may run at P and reads ``use.value`` as a partial sum there."""
+    return use.op is not None and use.demand[P] == P and problem.ops[use.op].costs[P] is not None
+
+
 def cost_of(problem: Problem, labels: Sequence[int]) -> int | None:
     """Exact cost of a labelling; None if it is not allowed."""
     total = 0
@@ -115,6 +121,9 @@ def cost_of(problem: Problem, labels: Sequence[int]) -> int | None:
         if cost is None:
             return None
         total += cost
+    for use in problem.uses:
+        if sums_partial(problem, use) and labels[use.op] == P != labels[problem.values[use.value].op]:  # type: ignore[index]
+            return None
     for value, level in zip(problem.values, available_levels(problem, labels), strict=True):
         cost, _ = raise_route(value, labels[value.op], level)
         if cost is None:
@@ -155,6 +164,9 @@ def edges_of(problem: Problem) -> list[Edge]:
             edges.append((("m", index, R), ("m", index, S), None))
     for use in problem.uses:
         assert list(use.demand) == sorted(use.demand), f"demand {use.demand} falls"
+        if sums_partial(problem, use):
+            assert use.op is not None
+            edges.append((_threshold(problem, problem.values[use.value].op, S), _threshold(problem, use.op, S), None))
         for level in (S, R):
             if _threshold(problem, problem.values[use.value].op, level) == SOURCE:
                 continue  # the value is always there

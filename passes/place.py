@@ -12,12 +12,27 @@ from dataclasses import dataclass
 
 from cpcompile.costs import PICOSECONDS, HardwareProfile
 from cpcompile.plan import AxisPlan, Interval
-from cpcompile.passes.mincut import LABELS, P, R, S, Solution, available_levels, cost_of, raise_route, solve
+from cpcompile.passes.cluster import lower_bound, solve_clustered
+from cpcompile.passes.mincut import (
+    LABELS,
+    P,
+    Problem,
+    R,
+    S,
+    Solution,
+    available_levels,
+    cost_of,
+    is_exact,
+    raise_route,
+    solve,
+)
 from cpcompile.passes.placement_problem import PlacementGraph, Polynomial, evaluate, latency_free
 
 MANY_TOKENS = 1 << 20
 LARGE_STEP = 1 << 16
 MOST_SOLVES = 12
+MANY_CHOICES = 600
+WORTH_A_GRAPH = 0.02
 
 
 @dataclass(frozen=True)
@@ -57,13 +72,19 @@ def place(graph: PlacementGraph, hardware: HardwareProfile, strategy: str, finge
 
 def _optimum(graph: PlacementGraph, hardware: HardwareProfile, tokens: int) -> Candidate:
     problem = graph.problem(tokens, hardware)
-    solution = solve(problem)
+    solution = _solve(problem)
     levels = available_levels(problem, solution.labels)
     raises = tuple(
         raise_route(value, solution.labels[value.op], level)[1]
         for value, level in zip(problem.values, levels, strict=True)
     )
     return Candidate(tokens, solution, raises, _cost_function(graph, hardware, solution.labels, raises))
+
+
+def _solve(problem: Problem) -> Solution:
+    """The minimum cut where it is exact, the integer programme where it is not; by kinds of layers where that is large."""
+    small = is_exact(problem) or len(problem.ops) <= MANY_CHOICES
+    return solve(problem) if small else solve_clustered(problem)
 
 
 def _cost_function(
@@ -84,11 +105,11 @@ def _cost_function(
     for (_, per_token), route in zip(graph.values.values(), raises, strict=True):
         if route == "reduce":
             whole[0] += hardware.all_reduce_latency
-            add(whole, per_token, 2 * (size - 1) / size / hardware.bandwidth, shift=1)
+            add(whole, per_token, 2 * hardware.seconds_per_byte(size), shift=1)
         elif route:
             steps = route.count("+") + 1
             whole[0] += steps * hardware.latency
-            add(stretched, per_token, steps * (size - 1) / size / hardware.bandwidth, shift=1)
+            add(stretched, per_token, steps * hardware.seconds_per_byte(size), shift=1)
 
     def seconds(tokens: int) -> float:
         padded = -(-tokens // size) * size
@@ -115,7 +136,32 @@ def _intervals(graph: PlacementGraph, hardware: HardwareProfile) -> list[tuple[i
         if best.seconds(middle) < min(a.seconds(middle), b.seconds(middle)) * (1 - 1e-9):
             found[middle] = best
             pending += [(low, middle), (middle, high)]
-    return _envelope([found[t] for t in sorted(found)])
+    return _fewer([found[t] for t in sorted(found)])
+
+
+def _fewer(candidates: list[Candidate]) -> list[tuple[int, int | None, Candidate]]:
+    """Drop candidates that gain less than ``WORTH_A_GRAPH`` wherever they are best: each is a graph to compile."""
+    while True:
+        pieces = _envelope(candidates)
+        regrets = [
+            (_regret(piece, [other for _, _, other in pieces if other is not piece[2]]), number)
+            for number, piece in enumerate(pieces)
+        ]
+        least, number = min(regrets)
+        if least > WORTH_A_GRAPH:
+            return pieces
+        candidates = [candidate for i, (_, _, candidate) in enumerate(pieces) if i != number]
+
+
+def _regret(piece: tuple[int, int | None, Candidate], others: list[Candidate]) -> float:
+    """Largest relative loss within ``piece`` if the best of ``others`` took its place."""
+    first, last, candidate = piece
+    low, high = max(first, 1), MANY_TOKENS if last is None else last
+    samples = {low, high, *(round(low * (high / low) ** (k / 8)) for k in range(1, 8))}
+    return max(
+        (min((o.seconds(t) for o in others), default=float("inf")) / candidate.seconds(t) - 1 for t in samples),
+        default=0.0,
+    )
 
 
 def _crossing(a: Callable[[int], float], b: Callable[[int], float], low: int, high: int) -> int | None:
@@ -146,6 +192,7 @@ def _interval(
     graph: PlacementGraph, hardware: HardwareProfile, first: int, last: int | None, best: Candidate
 ) -> Interval:
     problem = graph.problem(best.at, hardware)
+    bound = best.solution.bound or lower_bound(problem)
     unchanged = cost_of(problem, [P if choice.reduced else R for choice in graph.choices])
     assert unchanged is not None
     labels = {
@@ -162,6 +209,6 @@ def _interval(
         best.solution.solver,
         best.solution.cost / PICOSECONDS,
         unchanged / PICOSECONDS,
-        best.solution.bound / PICOSECONDS,
+        bound / PICOSECONDS,
         best.at,
     )

@@ -30,6 +30,9 @@ _PRODUCTS = frozenset({"aten.mm", "aten.bmm", "aten.linear", "aten.addmm"})
 # Divided by itself or taken from a scalar, a sum of partial values is no partial value of the result.
 _NUMERATOR_ONLY = frozenset({"aten.div"})
 
+# Picoseconds by which an op on partial sums must beat one on whole values: it moves roundings, so ties keep the graph.
+CARRYING_PARTS = 100_000
+
 Polynomial = tuple[float, ...]
 
 
@@ -82,7 +85,7 @@ class PlacementGraph:
         for choice in self.choices:
             whole = _picoseconds(evaluate(choice.seconds, tokens))
             shard = whole * local // tokens if tokens else whole
-            at_p = 0 if choice.reduced else whole if choice.partial else None
+            at_p = 0 if choice.reduced else whole + CARRYING_PARTS if choice.partial else None
             # All tokens of the other operands are there for a shard's rows: the cost per row does not change.
             ops.append(OpChoice(choice.node.name, (at_p, None, None) if choice.reduced else (at_p, shard, whole)))
         values, index = [], {}
@@ -90,9 +93,9 @@ class PlacementGraph:
             index[node] = len(values)
             whole_bytes = evaluate(per_token, tokens) * tokens
             padded_bytes = evaluate(per_token, tokens) * local * size
-            half = _picoseconds(hardware.latency) + _picoseconds(hardware.wire(size, padded_bytes))
+            half = _picoseconds(hardware.latency) + _picoseconds(padded_bytes * hardware.seconds_per_byte(size))
             # Twice the rounded half, not a rounding of its own: where they are equal the cut is exact.
-            reduce = _picoseconds(hardware.all_reduce_latency) + 2 * _picoseconds(hardware.wire(size, whole_bytes))
+            reduce = _picoseconds(hardware.all_reduce_latency) + 2 * _picoseconds(whole_bytes * hardware.seconds_per_byte(size))
             can_reduce = self.choices[number].reduced or self.choices[number].partial
             values.append(ValueChoice(number, half if can_reduce else None, half, reduce if can_reduce else None))
         return Problem(ops, values, [Use(index[v], c, d) for v, c, d in self.uses])
@@ -253,7 +256,8 @@ class _Costs:
         moved: Expr = sympy.Integer(0)
         flops: Expr = sympy.Integer(0)
         if op_name(node.target) not in VIEWS | {"aten.slice", "aten.select", "aten.split", "aten.split_with_sizes", "aten.chunk"}:
-            for operand in [*carried, node]:
+            # An elementwise op is taken to be fused with its producer: it costs what it writes.
+            for operand in [*carried, node] if op_name(node.target) in _PRODUCTS else [node]:
                 value = operand.meta["val"]
                 for shape, tensor in zip(self.known.shapes[operand], value if isinstance(value, list | tuple) else [value], strict=True):
                     if isinstance(tensor, torch.Tensor):

@@ -7,7 +7,7 @@ gathered along the middle. The pad rows are dropped after the gather; no op that
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -34,14 +34,22 @@ class ShardEmitter:
         axis: the mesh axis.
         tokens: the token count T.
         fake_mode: mode of the graph's fake tensors, None to leave out ``meta["val"]``.
+        hints: sizes of the traced example.
     """
 
-    def __init__(self, graph: fx.Graph, axis: Axis, tokens: Expr, fake_mode: FakeTensorMode | None) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        axis: Axis,
+        tokens: Expr,
+        fake_mode: FakeTensorMode | None,
+        hints: Mapping[sympy.Symbol, int],
+    ) -> None:
         self.graph, self.axis, self.tokens = graph, axis, tokens
         self.local: Expr = FloorDiv(tokens + axis.size - 1, axis.size)
         self.padded: Expr = self.local * axis.size
         self.divisible = self.padded == tokens
-        self._fake_mode = fake_mode
+        self._fake_mode, self._hints = fake_mode, hints
         self._shape_env: ShapeEnv | None = fake_mode.shape_env if fake_mode else None
         self._symbols: dict[sympy.Symbol, fx.Node | tuple[fx.Node, int]] = {}
         self._sizes: dict[Expr, fx.Node] = {}
@@ -92,8 +100,9 @@ class ShardEmitter:
             return int(expr)
         if expr not in self._symints:
             assert self._shape_env is not None
-            hint = self._shape_env.size_hint(expr, allow_none=True)
-            self._symints[expr] = self._shape_env.create_symintnode(expr, hint=None if hint is None else int(hint))
+            known = all(symbol in self._hints for symbol in expr.free_symbols)
+            hint = int(expr.subs(self._hints)) if known else None
+            self._symints[expr] = self._shape_env.create_symintnode(expr, hint=hint)
         return self._symints[expr]
 
     def fake(self, shape: Shape, like: torch.Tensor, strides: Sequence[Expr] | None = None) -> torch.Tensor | None:

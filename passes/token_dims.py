@@ -116,8 +116,7 @@ def _is_replicated(
     if node.name in rank_dependent or node.op == "output":
         return False
     if node.op == "placeholder":
-        # Sizes are part of the axis's contract: every rank runs the same step.
-        return not isinstance(node.meta.get("val"), torch.Tensor) or facts.get(node.name, False)
+        return facts.get(node.name, False)
     if node.op == "get_attr":
         return True
     if node in known.all_reduces:

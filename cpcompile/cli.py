@@ -1,0 +1,223 @@
+"""The command ``cpcompile``: explain a model's collectives, save and rewrite its trace, compare plans."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from cpcompile.costs import PROFILES
+from cpcompile.errors import CpcompileError
+
+app = typer.Typer(
+    help="Token parallelism for tensor-parallel DeepSeek inference: explain, trace, rewrite.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+plan_app = typer.Typer(help="Saved plans.", no_args_is_help=True)
+app.add_typer(plan_app, name="plan")
+
+
+class Strategy(str, Enum):
+    """Values of ``--strategy``."""
+
+    auto = "auto"
+    tp = "tp"
+    off = "off"
+
+
+class Verify(str, Enum):
+    """Values of ``--verify``."""
+
+    static = "static"
+    numeric = "numeric"
+    off = "off"
+
+
+_TARGET = "file.py:function or package.module:function that returns (model, args[, kwargs]); a directory with config.json; a trace"
+TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help=_TARGET, show_default=False)]
+AxisOption = Annotated[list[str], typer.Option("--axis", metavar="NAME=SIZE", help="A mesh axis, such as tp=16. Repeat for more.")]
+RankOption = Annotated[int, typer.Option("--rank", help="The rank whose graph is traced.")]
+ReplicatedOption = Annotated[
+    list[str], typer.Option("--replicated", metavar="PATTERN", help="Inputs that are the same on every rank; '!PATTERN' says not.")
+]
+
+
+def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """End ``command`` with exit code 2 and one line on stderr where the user can act on the error."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except CpcompileError as error:
+            typer.echo(f"cpcompile: error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+@app.callback(invoke_without_command=True)
+def main(show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Token parallelism for tensor-parallel DeepSeek inference: explain, trace, rewrite."""
+    if show:
+        typer.echo(version("cpcompile"))
+        raise typer.Exit()
+
+
+@app.command()
+@one_line_errors
+def explain(
+    target: TargetArgument,
+    axis: AxisOption = [],  # noqa: B006 (typer copies it)
+    tokens: Annotated[int, typer.Option(min=0, help="Token count T that decisions are stated for.")] = 16384,
+    rank: RankOption = 0,
+    profile: Annotated[str, typer.Option(help=f"Hardware: {', '.join(PROFILES)}.")] = "ascend-a3",
+    strategy: Annotated[Strategy, typer.Option(help="auto: best per T; tp: the plan of a large step; off.")] = Strategy.auto,
+    require: Annotated[list[str], typer.Option(metavar="PATTERN", help="Must be rewritten, else an error.")] = [],  # noqa: B006
+    replicated: ReplicatedOption = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    save_plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan there.")] = None,
+    verify: Annotated[Verify, typer.Option(help="How rewritten graphs are checked.")] = Verify.static,
+) -> None:
+    """Say what becomes of every collective of TARGET, and why. Needs no accelerator and no second process.
+
+    Do not explain a trace from a stranger: loading it can run code.
+    """
+    from cpcompile.explanation import explain_trace
+    from cpcompile.options import Options
+
+    options = {"strategy": strategy.value, "profile": profile, "verify": verify.value, "require": require}
+    Options.parse(options)  # before the minutes that a large model takes
+    with _status("tracing the model (dynamo, AOT)"):
+        found = _trace(target, axis, rank)
+    declared = (*found.replicated, *replicated)
+    with _status("placing and proving"):
+        outcome = explain_trace(found.trace, Options.parse({**options, "replicated": declared}), tokens, found.axes)
+    if save_plan is not None:
+        _write(save_plan, outcome.plan.save)
+    if as_json:
+        typer.echo(json.dumps(outcome.to_dict(), indent=1))
+    else:
+        console = Console()
+        (console if console.is_terminal else Console(width=200)).print(outcome)
+
+
+@app.command()
+@one_line_errors
+def trace(
+    target: TargetArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.pt2", help="The trace to write.")],
+    axis: AxisOption = [],  # noqa: B006
+    rank: RankOption = 0,
+    replicated: ReplicatedOption = [],  # noqa: B006
+) -> None:
+    """Trace TARGET and save the graph, without parameter values, to explain and rewrite it elsewhere."""
+    from cpcompile.trace_file import SUFFIX, save_trace
+
+    if output.suffix != SUFFIX:
+        raise typer.BadParameter(f"{output}: the name of a trace ends in {SUFFIX}", param_hint="--output")
+    with _status("tracing the model (dynamo, AOT)"):
+        found = _trace(target, axis, rank)
+    save_trace(output, found.trace, found.axes, (*found.replicated, *replicated))
+
+
+@app.command()
+@one_line_errors
+def opt(
+    file: Annotated[Path | None, typer.Argument(metavar="FILE.pt2", help="A saved trace, from someone you trust.")] = None,
+    passes: Annotated[str, typer.Option("-p", "--passes", metavar="PASSES", help="name{field=value,...},name2 in order.")] = "",
+    show: Annotated[bool, typer.Option("--list", help="List the passes with their fields.")] = False,
+    print_between: Annotated[bool, typer.Option("--print-between-passes", help="Print the graph after each pass.")] = False,
+    time_passes: Annotated[bool, typer.Option("--time-passes", help="Say on stderr how long each pass took.")] = False,
+) -> None:
+    """Run passes by name on a saved trace and print the graph.
+
+    Do not load a trace from a stranger: loading it can run code.
+    """
+    from cpcompile.errors import OptionError
+    from cpcompile.passes.registry import parse_passes
+    from cpcompile.trace_file import load_trace
+
+    if show:
+        _list_passes()
+        return
+    if file is None or not passes:
+        raise OptionError("name the passes and the trace: cpcompile opt -p canonicalise x.pt2; --list lists the passes")
+    pipeline = parse_passes(passes)
+    gm = load_trace(file).trace.gm
+    for run in pipeline:
+        began = time.perf_counter()
+        result = run(gm)
+        _tell(run.name, result, time.perf_counter() - began if time_passes else None)
+        if print_between and run is not pipeline[-1]:
+            typer.echo(f"# after {run.name}\n{gm.print_readable(print_output=False)}")
+    typer.echo(gm.print_readable(print_output=False))
+
+
+@plan_app.command("diff")
+@one_line_errors
+def plan_diff(first: Path, second: Path) -> None:
+    """Print how two saved plans differ; exit code 1 if they do."""
+    from cpcompile.plan import Plan
+
+    lines = Plan.load(first).diff(Plan.load(second))
+    for line in lines:
+        typer.echo(line)
+    if lines:
+        raise typer.Exit(1)
+
+
+def _trace(target: str, axis: list[str], rank: int) -> Any:
+    from cpcompile.model_spec import parse_axes, trace_target
+
+    # What torch logs of a failed trace is in the error that we raise.
+    logging.getLogger("torch").setLevel(logging.CRITICAL)
+    return trace_target(target, parse_axes(axis, rank), rank)
+
+
+def _write(path: Path, save: Callable[[Path], None]) -> None:
+    from cpcompile.errors import PlanError
+
+    try:
+        save(path)
+    except OSError as error:
+        raise PlanError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _list_passes() -> None:
+    from cpcompile.passes.registry import PASSES, field_types, pass_class
+
+    for name in PASSES:
+        cls = pass_class(name)
+        fields = ",".join(f"{field}={getattr(cls, field)}" for field in field_types(cls))
+        typer.echo(f"{name}{{{fields}}}: {(cls.__doc__ or '').splitlines()[0]}")
+
+
+def _tell(name: str, result: Any, seconds: float | None) -> None:
+    took = "" if seconds is None else f"{seconds:8.3f} s  "
+    typer.echo(f"{took}{name}: {result.rewrites} rewrites, {len(result.refusals)} refusals", err=True)
+    for refusal in result.refusals:
+        typer.echo(f"  {refusal.node}: {refusal.reason}", err=True)
+
+
+@contextmanager
+def _status(what: str) -> Iterator[None]:
+    """Show ``what`` on stderr while the block runs, if someone is looking."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield

@@ -1,0 +1,199 @@
+"""Explain: what the compiler decides about every collective of a model, and why, as data and as a table."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cpcompile.axes import Axis
+from cpcompile.backend import exchange_for
+from cpcompile.capture import Trace, capture
+from cpcompile.exchange import Exchange, OfflineExchange
+from cpcompile.options import Options
+from cpcompile.pipeline import Compiled, compile_graph
+from cpcompile.plan import Plan
+from cpcompile.report import Report
+
+DEFAULT_TOKENS = 16384
+_WIDTH = 200  # columns where there is no terminal: reasons stay on one line or two
+_STYLES = {"scatter": "green", "merge": "green", "sink": "green", "gather": "cyan", "keep": "yellow"}
+
+
+class Explanation:
+    """What happens to a step of some number of tokens.
+
+    Args:
+        compiled: the outcome of the pipeline.
+        tokens: the token count T that elements and decisions are stated for.
+        seconds: time that the capture took, by ``"dynamo"`` and ``"aot"``.
+    """
+
+    def __init__(self, compiled: Compiled, tokens: int, seconds: Mapping[str, float]) -> None:
+        """State ``compiled`` for ``tokens`` tokens."""
+        self.report: Report = compiled.report(tokens)
+        self.plan: Plan = compiled.plan
+        self._intervals = list(_intervals(compiled))
+        self._seconds = seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report, the ``intervals`` of T and the seconds of the ``capture``, as plain data for JSON."""
+        capture = {"dynamo_s": self._seconds.get("dynamo", 0.0), "aot_s": self._seconds.get("aot", 0.0)}
+        return {**self.report.to_dict(), "intervals": self._intervals, "capture": capture}
+
+    def __str__(self) -> str:
+        """The explanation as a plain table."""
+        console = Console(file=io.StringIO(), width=_WIDTH, color_system=None)
+        console.print(self)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    def __rich__(self) -> RenderableType:
+        """The explanation for a rich console."""
+        data = self.to_dict()
+        parts = [_collectives(self.report), _volume(data["volume"], self.report.tokens), _interval_table(self._intervals)]
+        return Group(*parts, _passes(self.report), *_summary(data))
+
+
+def explain(
+    model: Callable[..., Any],
+    *inputs: Any,
+    tokens: int = DEFAULT_TOKENS,
+    kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Explanation:
+    """Explain what ``torch.compile(model, backend="cpcompile", options=options)`` would do, without running anything.
+
+    Where a real process group is initialised, every rank must call it; in a fake one, this process speaks for all.
+
+    Args:
+        model: a module or function for inference; its parameters may be on the meta device.
+        inputs: its example inputs; dims of integer tensors become symbolic.
+        tokens: the token count T that decisions are stated for.
+        kwargs: its keyword inputs.
+        options: see :class:`cpcompile.options.Options`.
+
+    Raises:
+        OptionError: an option is unknown or malformed.
+        TraceError: the model cannot be traced as one graph.
+        AxisError, PlanError, RequirementError: as from the backend.
+    """
+    parsed = Options.parse(options)
+    trace = capture(model, *inputs, **(kwargs or {}))
+    return explain_trace(trace, parsed, tokens)
+
+
+def explain_trace(
+    trace: Trace, options: Options, tokens: int = DEFAULT_TOKENS, axes: Sequence[Axis] | None = None
+) -> Explanation:
+    """Explain a captured graph, which is canonicalised in place.
+
+    Args:
+        trace: what ``capture`` made or ``load_trace`` read.
+        options: the user's options.
+        tokens: the token count T that decisions are stated for.
+        axes: the mesh axes of a trace whose process groups are gone; this process then speaks for all ranks.
+    """
+
+    def exchange(axis: Axis) -> Exchange:
+        offline = axes is not None or not dist.is_initialized()
+        return OfflineExchange(axis.size, axis.rank) if offline else exchange_for(axis, options.timeout_s)
+
+    return Explanation(compile_graph(trace.gm, trace.inputs, options, exchange, axes), tokens, trace.seconds)
+
+
+def _intervals(compiled: Compiled) -> Iterator[dict[str, Any]]:
+    """One entry per interval of T and axis, by ascending T."""
+    for variant in compiled.variants:
+        rows = compiled.report(variant.first).collectives
+        for step in variant.steps:
+            axis, found = step.graph.known.axis.name, step.interval
+            yield {
+                "axis": axis,
+                "first": variant.first,
+                "last": variant.last,
+                "solver": found.solver,
+                "at": found.at,
+                "cost_s": found.cost_s,
+                "bound_s": found.bound_s,
+                "unchanged_s": found.unchanged_s,
+                "counts": dict(sorted(Counter(row.decision for row in rows if row.axis == axis).items())),
+            }
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def _collectives(report: Report) -> Table:
+    table = Table(title=f"Collectives at T = {report.tokens}", title_justify="left")
+    for heading in ("module", "node", "axis", "decision", "becomes"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("sent before", "sent after"):
+        table.add_column(heading, justify="right", overflow="fold")
+    table.add_column("reason", overflow="fold")
+    for c in report.collectives:
+        becomes = f"{c.kind} -> {c.becomes}" if c.kind == "all_reduce" else c.becomes
+        fused = "" if c.fused is None else f" (all_gather #{c.fused})"
+        before, after = _elements(c.elements_before, c.elements_before_in_t), _elements(c.elements_after, c.elements_after_in_t)
+        decision = Text(c.decision, style=_STYLES.get(c.decision, ""))
+        # Text, for what comes from the model may look like markup.
+        table.add_row(Text(c.module), Text(c.name), Text(c.axis), decision, Text(becomes + fused), before, after, Text(c.reason))
+    return table
+
+
+def _elements(number: int, in_t: str) -> Text:
+    return Text(f"{number:,}" + (f"\n{in_t}" if in_t not in ("", "0", str(number)) else ""))
+
+
+def _volume(volume: Mapping[str, int], tokens: int) -> Text:
+    before, after = volume["before"], volume["after"]
+    change = f" ({100 * (after - before) / before:+.1f} %)" if before else ""
+    return Text(f"Volume: each rank sends {before:,} elements before, {after:,} after{change} at T = {tokens}\n")
+
+
+def _interval_table(intervals: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="Intervals of T", title_justify="left")
+    for heading in ("T", "axis", "decisions", "cost, unchanged", "solver", "certificate"):
+        table.add_column(heading, overflow="fold")
+    for i in intervals:
+        span = f"{i['first']} and more" if i["last"] is None else f"{i['first']} to {i['last']}"
+        counts = ", ".join(f"{n} {decision}" for decision, n in i["counts"].items()) or "unchanged"
+        cost = f"{i['cost_s'] * 1e3:.4g} ms, {i['unchanged_s'] * 1e3:.4g} ms at T = {i['at']}"
+        gap = i["cost_s"] - i["bound_s"]
+        certificate = "optimal" if gap <= 0 else f"within {100 * gap / i['cost_s']:.2g} % of the bound"
+        table.add_row(*(Text(cell) for cell in (span, i["axis"], counts, cost, i["solver"], certificate)))
+    return table
+
+
+def _passes(report: Report) -> Table:
+    table = Table(title="Passes", title_justify="left")
+    for heading in ("pass", "seconds", "rewrites", "refusals"):
+        table.add_column(heading, justify="left" if heading in ("pass", "refusals") else "right", overflow="fold")
+    for run in report.passes:
+        reasons = Counter(reason for _, reason in run.refusals)
+        refusals = "; ".join(f"{n} × {reason}" for reason, n in reasons.items())
+        table.add_row(run.name, f"{run.seconds:.3f}", str(run.rewrites), Text(refusals))
+    return table
+
+
+def _summary(data: Mapping[str, Any]) -> Iterator[Text]:
+    for axis in data["axes"]:
+        if axis["refused"]:
+            yield Text(f"Axis {axis['name']} is left alone: {axis['refused']}")
+    proofs = data["verify"].get("proofs", [])
+    failures = [failure for proof in proofs for failure in proof["failures"]]
+    if failures:
+        yield Text(f"Verification FAILED, the graph runs as it came: {failures[0]}")
+    else:
+        yield Text(f"Verification: {len(proofs)} rewritten graphs proven" if proofs else "Verification: nothing was proven")
+    capture, graph = data["capture"], data["graph"]
+    yield Text(
+        f"Graph: {graph['nodes_before']} nodes before, {graph['nodes_after']} after; "
+        f"captured in {capture['dynamo_s']:.1f} s (dynamo) + {capture['aot_s']:.1f} s (AOT)"
+    )

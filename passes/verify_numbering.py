@@ -1,0 +1,185 @@
+"""Value numbering of the original graph, for the static proof: equal numbers, equal values, whatever their shape.
+
+Before: a functional ATen graph. After: every tensor is a content and the digits into it (``verify_index``), every
+call is found by its op, its operands' numbers and its other arguments, and it is known which contents are the same on
+all ranks.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._ops import OpOverload
+
+from cpcompile.axes import Axis
+from cpcompile.passes.collectives import group_name_of, is_wait, op_name
+from cpcompile.passes.verify_arguments import (
+    Arguments,
+    Refused,
+    View,
+    aliases,
+    communicates,
+    is_mutable,
+    is_random,
+    reshaped,
+)
+from cpcompile.passes.verify_index import Dims, Shape, row_major, shape, tensor_shape
+
+PURE_NAMESPACES = frozenset({"aten", "prims", "transformers"})
+
+
+class Numbering(Arguments):
+    """The original graph, numbered.
+
+    Args:
+        env: what every tensor-valued node is, one view per result.
+        calls: results of every call, by its key.
+        replicated: per content, whether it is the same on every rank of the axis.
+        sums: content that this axis all-reduces → content of the sum.
+        names: the node that first had a content with these digits.
+        volatile: contents of graph inputs that are written in place.
+    """
+
+    def __init__(self, gm: fx.GraphModule, axis: Axis) -> None:
+        """Nothing is numbered yet: ``of`` does that."""
+        super().__init__(gm, axis)
+        self.gm = gm
+        self.env: dict[fx.Node, tuple[View, ...]] = {}
+        self.calls: dict[object, tuple[View, ...]] = {}
+        self.numbers: dict[object, Any] = {}
+        self.replicated: list[bool] = []
+        self.sums: dict[int, int] = {}
+        self.names: dict[tuple[int, Dims | None], str] = {}
+        self.volatile: set[int] = set()
+        self.varying: set[int] = set()
+        self._made: list[tuple[fx.Node, tuple[View, ...], list[int]]] = []
+
+    @classmethod
+    def of(
+        cls, gm: fx.GraphModule, axis: Axis, replicated: Callable[[str], bool], rank_dependent: Collection[str]
+    ) -> Numbering:
+        """Number ``gm``; arguments as for ``prove``."""
+        found = cls(gm, axis)
+        for node in gm.graph.nodes:
+            if node.op != "output" and not found.visit_size(node, lambda n: shape(found.env[n][0][1])):
+                found.env[node] = views = found._visit(node)
+                if node.name in rank_dependent:
+                    found.varying |= {content for content, _ in views}
+                if len(views) == 1 and (is_wait(node) or not communicates(node)):
+                    found.names.setdefault(views[0], node.name)
+                    found.names.setdefault((views[0][0], None), node.name)
+        for node, views, operands in found._made:
+            for content, _ in views:
+                shared = found._is_replicated(node, operands, replicated)
+                found.replicated[content] = shared and content not in found.varying
+        return found
+
+    @property
+    def output(self) -> fx.Node:
+        """The ``output`` node."""
+        return self.gm.graph.output_node()
+
+    def name(self, view: tuple[int, Dims | None]) -> str:
+        """An original node that is ``view``, or is of the same content."""
+        return self.names.get(view) or self.names.get((view[0], None)) or "an unread result"
+
+    def source(self, node: fx.Node, gm: fx.GraphModule) -> tuple[View, ...]:
+        """What a graph input or constant of the rewritten graph ``gm`` is."""
+        for mine in self.gm.graph.find_nodes(op=node.op, target=node.target):
+            if node.op == "placeholder" or _same_constant(self.gm, gm, str(node.target)):
+                return self.env[mine]
+        raise Refused(f"expected {node.op} {node.target!r} to be in the original graph; it is not, or differs")
+
+    def missing(self, arguments: Arguments, gm: fx.GraphModule) -> list[tuple[str, str]]:
+        """Inputs that differ, calls with effects that are gone, and writes that cannot be followed."""
+        found = []
+        mine, theirs = ([n.target for n in g.graph.find_nodes(op="placeholder")] for g in (self.gm, gm))
+        if mine != theirs:
+            found.append(("placeholder", f"expected the graph inputs {mine}; found {theirs}"))
+        for node in list(self.effects)[len(arguments.effects) :]:
+            found.append((node.name, f"{node.name}: expected this call with effects; it is gone"))
+        for root in {n for n in [*self.mutated, *arguments.mutated] if n.op != "placeholder"}:
+            found.append((root.name, f"{root.name}: expected a functional graph; it is written in place"))
+        return found
+
+    def _content(self, sizes: Shape) -> View:
+        self.replicated.append(False)
+        return len(self.replicated) - 1, row_major(sizes)
+
+    def _new(self, node: fx.Node, operands: list[int]) -> tuple[View, ...]:
+        value = node.meta.get("val")
+        values = value if isinstance(value, list | tuple) else [value]
+        if value is None and isinstance(node.target, OpOverload) and not node.target._schema.returns:
+            values = []
+        shapes = [tensor_shape(v) if isinstance(v, torch.Tensor) else () for v in values]
+        views = tuple(self._content(sizes) for sizes in shapes)
+        self._made.append((node, views, operands))
+        if node in self.mutated or (aliases(node) and self.volatile & set(operands)):
+            self.volatile |= {content for content, _ in views}
+        return views
+
+    def _visit(self, node: fx.Node) -> tuple[View, ...]:
+        if node.op in ("placeholder", "get_attr"):
+            return self._new(node, [])
+        source = node.all_input_nodes[0] if node.all_input_nodes else None
+        if is_wait(node) and source is not None:
+            return self.env[source]
+        if node.target is operator.getitem and source is not None:
+            return (self.env[source][node.args[1]],)  # type: ignore[index]
+        at = {n: self.env[n][0] for n in node.all_input_nodes if self.env.get(n) and n not in self.sizes}
+        if source in at and node.args[0] is source:
+            view = self._followed(node, at[source])
+            if view is not None:
+                return (view,)
+        key = self.key(node, at, self.volatile)
+        if key not in self.calls:
+            operands = [] if self.reads_no_data(node) else [content for content, _ in at.values()]
+            self.calls[key] = self._new(node, operands)
+            if isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool):
+                self.numbers[key] = node.meta["val"].node.expr
+        if key in self.numbers:
+            self.sizes[node] = self.numbers[key]
+        return self.calls[key]
+
+    def _followed(self, node: fx.Node, view: View) -> View | None:
+        """``view`` after an op that leaves its content as it is, or that sums it over the axis."""
+        content, dims = view
+        if op_name(node.target) == "_c10d_functional::all_reduce":
+            args = self.arguments(node)
+            if args["reduce_op"] != "sum" or not self.axis.owns(group_name_of(node)):
+                return None
+            if content not in self.sums:
+                self.sums[content] = len(self.replicated)
+                self.replicated.append(True)
+            return self.sums[content], dims
+        if content in self.volatile and not aliases(node):
+            return None
+        moved = reshaped(node, self.arguments(node), dims)
+        return None if moved is None else (content, moved)
+
+    def _is_replicated(self, node: fx.Node, operands: list[int], replicated: Callable[[str], bool]) -> bool:
+        if node.op == "placeholder":
+            return not isinstance(node.meta.get("val"), torch.Tensor) or replicated(node.name)
+        if node.op == "get_attr":
+            return True
+        if not isinstance(node.target, OpOverload) or is_random(node) or is_mutable(node):
+            return False
+        shared = all(self.replicated[content] for content in operands)
+        namespace, name = op_name(node.target).split("::")
+        if namespace == "_c10d_functional":
+            over_axis = self.axis.owns(group_name_of(node))
+            return (over_axis and name in ("all_gather_into_tensor", "broadcast", "all_reduce")) or (
+                shared and name == "all_reduce"
+            )
+        return namespace in PURE_NAMESPACES and shared
+
+
+def _same_constant(mine: fx.GraphModule, theirs: fx.GraphModule, target: str) -> bool:
+    a, b = operator.attrgetter(target)(mine), operator.attrgetter(target)(theirs)
+    if a is b:
+        return True
+    return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)

@@ -1,0 +1,397 @@
+"""The numeric check: all ranks' rewritten graphs and the original one, in lockstep on random inputs, in one process.
+
+Values are compared in float64: what a rewrite may change is the order of sums, and in float64 that is some 1e-15, while
+a wrong row, rank or weight stays as large as it is. So one tight bound serves every model dtype, and discrete choices
+(a router's or an indexer's top-k) do not flip: that takes two scores closer than rounding. Exact ties, such as masked
+scores, are broken row by row and so alike in both graphs. The graphs also run once in their own dtypes, for those.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import sympy
+import torch
+import torch.fx as fx
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from cpcompile.axes import Axis
+from cpcompile.passes.lockstep import LockstepError, RankProgram, run_lockstep
+from cpcompile.passes.lockstep_collectives import RULES, bind
+from cpcompile.passes.materialise import materialise
+from cpcompile.passes.placement_problem import VIEWS, PlacementGraph
+from cpcompile.passes.placement_rules import op_name
+from cpcompile.passes.token_layout import Expr, size_expr
+from cpcompile.plan import Interval
+
+MOST_BYTES = 4 * 2**30
+# Weights small enough not to blow up a deep model; 1-d ones (norms) wide, else the residual drowns what they scale.
+SCALES = (1.0, 0.1)
+# Sizes that are neither given by the token count nor by a collective.
+SMALL = 2
+_WIDE = {True: torch.complex128, False: torch.float64}
+_CASTS = frozenset({"aten._to_copy", "prims.convert_element_type", "aten.clone"})
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative error (of the 2-norm of a whole output) up to which two results of ``dtype`` count as equal.
+
+    float64, in which values are compared: ``eps ** 0.75``, 1.8e-12. Sums in another order come out at some 1e-15; the
+    rest is left to depth and conditioning, and one wrong row of a million still is 1e-3. For a graph that has no
+    float64 form (bit casts, kernels of one dtype): ``64 * eps`` of its coarsest dtype, 7.6e-6 for float32 and 0.5 for
+    bfloat16, where it finds wrong ranks and weights, and wrong rows only among few.
+    """
+    eps = torch.finfo(dtype).eps
+    return float(eps**0.75) if dtype in (torch.float64, torch.complex128) else 64 * eps
+
+
+def check_numerically(
+    original: fx.GraphModule,
+    graph: PlacementGraph,
+    interval: Interval,
+    replicated: Callable[[str], bool],
+    *,
+    seed: int = 0,
+    token_counts: Sequence[int] = (),
+) -> list[str]:
+    """Run what ``materialise`` makes for every rank of the axis against ``original``, and compare all results.
+
+    Inputs: floats ``N(0, 1) * 0.1`` (1-d ``N(0, 1)``), token ids over the vocabulary, other integers 0 or 1 (good for any index), sizes
+    from the token count, 2 for other symbols, None for what is no tensor. All ranks run this rank's constants. Groups
+    other than the axis's are taken to be other axes of the same mesh. Inputs that a graph writes are compared as well.
+
+    Args:
+        original: one rank's canonical graph, as it was before the rewrite; left as it is.
+        graph: its placement graph, for any rank of the axis.
+        interval: the plan. Its bounds do not matter: a rewritten graph is right at every token count.
+        replicated: placeholder name → whether all ranks of the axis hold the same value.
+        seed: of the random inputs.
+        token_counts: counts to run; default: the static one, or 1, n-1, n, n+1 and 2n+3, raised by a multiple of n
+            where the graph's guards ask for more.
+
+    Returns:
+        What differs, one line each with token count, rank and output, or what kept the graphs from running (for
+        collectives that do not match, the ranks and nodes). Empty: equal on all ranks.
+
+    Raises:
+        PlanError: the plan does not fit the graph.
+    """
+    with _disable_current_modes(), torch.no_grad():
+        try:
+            mesh = _Mesh.of(original, graph.known.axis)
+            counts = sorted(set(token_counts or _default_counts(original, graph)))
+            draw = _Inputs(original, graph, replicated, mesh, seed)
+            refusal = draw.refusal(counts[-1])
+            if refusal:
+                return [refusal]
+            graphs = [materialise(original, _at_rank(graph, rank), interval) for rank in range(graph.known.axis.size)]
+            return _Check(original, graphs, draw, mesh).run(counts)
+        except LockstepError as error:
+            return [str(error)]
+
+
+def _at_rank(graph: PlacementGraph, rank: int) -> PlacementGraph:
+    return replace(graph, known=replace(graph.known, axis=replace(graph.known.axis, rank=rank)))
+
+
+def _default_counts(gm: fx.GraphModule, graph: PlacementGraph) -> list[int]:
+    tokens, n = graph.known.tokens, graph.known.axis.size
+    assert tokens is not None
+    if tokens.is_number:
+        return [int(tokens)]
+    least, most = _range_of(gm, tokens)
+    # Torch calls 2 the least size of every symbolic dim; what asks for more is a guard of this graph.
+    raised = -(-least // n) * n if least > 2 else 0
+    counts = [min(c + raised, most) for c in (1, n - 1, n, n + 1, 2 * n + 3)]
+    return [c for c in counts if c > 0]
+
+
+def _range_of(gm: fx.GraphModule, tokens: Expr) -> tuple[int, int]:
+    """The token counts that the graph's guards admit; anything where they cannot be read."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        for size in value.shape if isinstance(value, torch.Tensor) else [value]:
+            if isinstance(size, torch.SymInt) and size.node.expr == tokens:
+                bounds = size.node.shape_env.bound_sympy(tokens)
+                most = int(bounds.upper) if bounds.upper.is_Integer else 2**62
+                return int(bounds.lower), most
+    return 0, 2**62
+
+
+@dataclass(frozen=True)
+class _Mesh:
+    """The ranks to simulate: the axis's, times those of every other group of the graph.
+
+    Args:
+        coordinates: per simulated rank, its rank on the axis and in every other group.
+        names: group name → which coordinate it runs over.
+    """
+
+    coordinates: list[tuple[int, ...]]
+    names: Mapping[str, int]
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, axis: Axis) -> _Mesh:
+        sizes = [axis.size]
+        names = dict.fromkeys((axis.group_name, *axis.aliases), 0)
+        for node in gm.graph.nodes:
+            if node.op != "call_function" or node.target not in RULES:
+                continue
+            arguments = bind(node.target, node.args, node.kwargs)
+            group = str(arguments["group_name"])
+            if group not in names:
+                names[group] = len(sizes)
+                sizes.append(1)
+            if names[group]:
+                splits = arguments.get("input_split_sizes", ())
+                sizes[names[group]] = max(sizes[names[group]], arguments.get("group_size", 0) or len(splits) or SMALL)
+        return cls(list(itertools.product(*map(range, sizes))), names)
+
+    def groups(self, at: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Every group of the simulated rank at ``at``, as simulated ranks."""
+        ranks = list(enumerate(self.coordinates))
+        return {
+            name: tuple(rank for rank, c in ranks if c[:dim] == at[:dim] and c[dim + 1 :] == at[dim + 1 :])
+            for name, dim in self.names.items()
+        }
+
+
+class _Inputs:
+    """Random inputs for every simulated rank."""
+
+    def __init__(
+        self, gm: fx.GraphModule, graph: PlacementGraph, replicated: Callable[[str], bool], mesh: _Mesh, seed: int
+    ) -> None:
+        self.nodes = gm.graph.find_nodes(op="placeholder")
+        self.tokens, self.size = graph.known.tokens, graph.known.axis.size
+        self.replicated, self.mesh, self.seed = replicated, mesh, seed
+        self.below = _vocabulary(gm, self.size, replicated)
+
+    def refusal(self, tokens: int) -> str:
+        """Why inputs for ``tokens`` tokens cannot be made; empty if they can."""
+        needed = 0
+        for node in self.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor):
+                if value.device.type == "meta":
+                    return f"{node.name}: expected an input that can be run, found one on the meta device: use verify='static'"
+                width = max(value.element_size(), wide(value.dtype).itemsize)
+                needed += math.prod(self._sizes(value.shape, tokens)) * width * len(self.mesh.coordinates)
+        if needed <= MOST_BYTES:
+            return ""
+        return (
+            f"the inputs of {len(self.mesh.coordinates)} ranks take {needed / 2**30:.1f} GiB in float64, more than "
+            f"{MOST_BYTES / 2**30:g} GiB: use verify='static' for a model of this size"
+        )
+
+    def draw(self, tokens: int) -> list[list[object]]:
+        """One list of inputs per simulated rank, in the graph's dtypes."""
+        return [self._draw_rank(at, tokens) for at in self.mesh.coordinates]
+
+    def _draw_rank(self, at: tuple[int, ...], tokens: int) -> list[object]:
+        values: list[object] = []
+        for index, node in enumerate(self.nodes):
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor):
+                # Replicated over the axis: the same for all ranks that differ in nothing but the axis.
+                where = (0, *at[1:]) if self.replicated(node.name) else at
+                seed = hash((self.seed, tokens, index, where)) & (2**63 - 1)
+                values.append(self._draw(value, tokens, self.below.get(node, 2), torch.Generator().manual_seed(seed)))
+            else:
+                values.append(self._sizes([value], tokens)[0] if isinstance(value, int | torch.SymInt) else None)
+        return values
+
+    def _draw(self, like: torch.Tensor, tokens: int, below: int, generator: torch.Generator) -> torch.Tensor:
+        shape, strides = self._sizes(like.shape, tokens), self._sizes(like.stride(), tokens)
+        length = 1 + sum((s - 1) * step for s, step in zip(shape, strides, strict=True)) if math.prod(shape) else 0
+        scale = SCALES[len(shape) > 1]
+        if like.dtype.is_complex:
+            flat = torch.randn(length, dtype=torch.complex128, generator=generator) * scale
+        elif like.dtype.is_floating_point:
+            flat = torch.randn(length, dtype=torch.float64, generator=generator) * scale
+        else:
+            flat = torch.randint(below, (length,), generator=generator)
+        return flat.to(like.dtype).to(like.device).as_strided(shape, strides)
+
+    def _sizes(self, sizes: Sequence[object], tokens: int) -> list[int]:
+        assert self.tokens is not None
+        # A token count that is no plain symbol cannot be asked for: every symbol in it is as large as asked.
+        counted = {symbol: sympy.Integer(tokens) for symbol in self.tokens.free_symbols}
+        found = []
+        for expr in map(size_expr, sizes):
+            small = {symbol: sympy.Integer(SMALL) for symbol in expr.free_symbols}
+            found.append(int(expr.subs({**small, **counted})))
+        return found
+
+
+def _vocabulary(gm: fx.GraphModule, size: int, replicated: Callable[[str], bool]) -> dict[fx.Node, int]:
+    """How many token ids there are, for the input that a vocabulary gather reads.
+
+    A vocabulary that is sharded over the axis holds ``rows * size`` ids, and the graph masks those that are another
+    rank's; all ranks run this rank's constants, so with ids of the first shard alone other ranks would see only zeros.
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
+        weight, root = node.args[:2]
+        masked = False
+        while isinstance(root, fx.Node) and root.op == "call_function" and root.all_input_nodes:
+            masked = masked or op_name(root.target) not in VIEWS | _CASTS
+            root = root.args[0] if isinstance(root.args[0], fx.Node) else root.all_input_nodes[0]
+        if isinstance(root, fx.Node) and root.op == "placeholder" and isinstance(weight, fx.Node):
+            rows = weight.meta["val"].shape[0]
+            if isinstance(root.meta.get("val"), torch.Tensor) and isinstance(rows, int):
+                return {root: rows * size if masked and not replicated(weight.name) else rows}
+    return {}
+
+
+@dataclass(frozen=True)
+class _Check:
+    """Runs the original and every rank's rewritten graph, and compares."""
+
+    original: fx.GraphModule
+    graphs: Sequence[fx.GraphModule]
+    draw: _Inputs
+    mesh: _Mesh
+
+    def run(self, counts: Sequence[int]) -> list[str]:
+        exact = self._has_wide_form(counts[0])
+        original, graphs = (_widened(self.original), list(map(_widened, self.graphs))) if exact else (self.original, self.graphs)
+        failures, told = ([], False) if not exact else self._compare(self.original, self.graphs, counts[-1:], None, exact=False)
+        found, told = self._compare(original, graphs, counts, tolerance(self._coarsest(exact)), exact=exact)
+        if not told and not found:
+            return [f"every output is zero on random inputs of {counts} tokens, which proves nothing: use verify='static'"]
+        return failures + found
+
+    def _coarsest(self, exact: bool) -> torch.dtype:
+        values = (leaf for node in self.original.graph.nodes for leaf in tree_leaves(node.meta.get("val")))
+        dtypes = {v.dtype for v in values if isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex())}
+        return torch.float64 if exact else max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float64)
+
+    def _has_wide_form(self, tokens: int) -> bool:
+        try:
+            self._run([_widened(self.original)] * len(self.graphs), tokens, exact=True)
+        except LockstepError:
+            return False
+        return True
+
+    def _compare(
+        self, original: fx.GraphModule, graphs: Sequence[fx.GraphModule], counts: Sequence[int], bound: float | None, *, exact: bool
+    ) -> tuple[list[str], bool]:
+        """Failures at all ``counts``, and whether there was anything to compare. No ``bound``: shapes and dtypes only."""
+        failures, told = [], False
+        for tokens in counts:
+            try:
+                expected = self._run([original] * len(graphs), tokens, exact=exact)
+            except LockstepError as error:
+                failures.append(f"T={tokens}: the original graph does not run on random inputs: {error}; use verify='static'")
+                continue
+            try:
+                found = self._run(graphs, tokens, exact=exact)
+            except LockstepError as error:
+                failures.append(f"T={tokens}: {error}")
+                continue
+            for rank, (mine, theirs) in enumerate(zip(expected, found, strict=True)):
+                told = told or any(isinstance(v, torch.Tensor) and bool(v.ne(0).any()) for v in mine.values())
+                failures += [f"T={tokens}: rank {rank}: {line}" for line in _differences(mine, theirs, bound)]
+        return failures, told
+
+    def _run(self, graphs: Sequence[fx.GraphModule], tokens: int, *, exact: bool) -> list[dict[str, object]]:
+        """Every result of every simulated rank, by what to call it: outputs, and inputs as the graph left them."""
+        inputs = self.draw.draw(tokens)
+        if exact:
+            inputs = [[v.to(wide(v.dtype)) if isinstance(v, torch.Tensor) else v for v in values] for values in inputs]
+        coordinates = self.mesh.coordinates
+        programs = [
+            RankProgram(graphs[at[0]], values, self.mesh.groups(at)) for at, values in zip(coordinates, inputs, strict=True)
+        ]
+        results = []
+        for output, values in zip(run_lockstep(programs), inputs, strict=True):
+            named = {f"output {i}": leaf for i, leaf in enumerate(tree_leaves(output))}
+            results.append({**named, **self._written(values)})
+        return results
+
+    def _written(self, values: Sequence[object]) -> dict[str, object]:
+        changes = any(
+            isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in self.original.graph.nodes
+        )
+        return {f"input {n.name}": v for n, v in zip(self.draw.nodes, values, strict=True)} if changes else {}
+
+
+def _differences(expected: Mapping[str, object], found: Mapping[str, object], bound: float | None) -> list[str]:
+    if expected.keys() != found.keys():
+        return [f"expected {len(expected)} results, found {len(found)}"]
+    differences = ((name, _difference(value, found[name], bound)) for name, value in expected.items())
+    return [f"{name}: {line}" for name, line in differences if line]
+
+
+def _difference(a: object, b: object, bound: float | None) -> str:
+    """How ``b`` differs from ``a``; empty if it does not."""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return "" if type(a) is type(b) and a == b else f"expected {a!r}, found {b!r}"
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return f"expected {a.dtype} {list(a.shape)}, found {b.dtype} {list(b.shape)}"
+    if bound is None:
+        return ""
+    if not (a.is_floating_point() or a.is_complex()):
+        wrong = int(a.ne(b).sum())
+        return f"{wrong} of {a.numel()} elements differ" if wrong else ""
+    a, b = a.to(_WIDE[a.is_complex()]), b.to(_WIDE[b.is_complex()])
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()) or not torch.equal(a[~finite].nan_to_num(7.0), b[~finite].nan_to_num(7.0)):
+        return "NaN or infinite in other places"
+    size, error = float(a[finite].norm()), float((a[finite] - b[finite]).norm())
+    return "" if error <= bound * size else f"relative error {error / size if size else math.inf:.1e}, tolerance {bound:.1e}"
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float64 for floats, complex128 for complex numbers, else ``dtype``."""
+    return _WIDE[dtype.is_complex] if dtype.is_floating_point or dtype.is_complex else dtype
+
+
+def _grouped_mm(
+    a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """``[M, K]`` rows, each group of them up to the next of ``offs [G]`` times its own matrix of ``[G, K, N]``."""
+    if a.dim() != 2 or b.dim() != 3 or bias is not None:
+        raise NotImplementedError("grouped product of other than rows by groups of matrices")
+    out = a.new_zeros(a.shape[0], b.shape[2])
+    for group, (first, last) in enumerate(itertools.pairwise([0, *offs.tolist()])):
+        out[first:last] = a[first:last] @ b[group]
+    return out
+
+
+# Ops whose kernels take no float64, as functions that do.
+_WIDE_OPS: Mapping[object, Callable[..., torch.Tensor]] = {torch.ops.aten._grouped_mm.default: _grouped_mm}
+
+
+def _widened(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of ``gm`` that computes in float64: dtype arguments, given or defaulted, constants, and ``_WIDE_OPS``."""
+    new, env = fx.Graph(), {}
+    for node in gm.graph.nodes:
+        env[node] = copy = new.node_copy(node, env.__getitem__)
+        copy.args, copy.kwargs = fx.node.map_aggregate((copy.args, copy.kwargs), _wide_argument)  # type: ignore[misc,assignment]
+        copy.target = _WIDE_OPS.get(copy.target, copy.target)
+        value = operator.attrgetter(node.target)(gm) if node.op == "get_attr" else node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.dtype == wide(value.dtype):
+            continue
+        if node.op == "get_attr":
+            env[node] = new.call_function(torch.ops.aten._to_copy.default, (copy,), {"dtype": wide(value.dtype)})
+        elif isinstance(copy.target, torch._ops.OpOverload):
+            _widen_defaults(copy, copy.target, wide(value.dtype))
+    return fx.GraphModule(gm, new)
+
+
+def _wide_argument(value: object) -> object:
+    return wide(value) if isinstance(value, torch.dtype) else value
+
+
+def _widen_defaults(node: fx.Node, target: torch._ops.OpOverload, dtype: torch.dtype) -> None:
+    for index, argument in enumerate(target._schema.arguments):
+        if argument.name == "dtype" and argument.has_default_value() and index >= len(node.args) and node.kwargs.get("dtype") is None:
+            node.kwargs = {**node.kwargs, "dtype": dtype}
+        if argument.name == "half_to_float" and index < len(node.args):
+            node.update_arg(index, False)

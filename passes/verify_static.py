@@ -1,0 +1,280 @@
+"""The static proof: that a rewritten graph computes, on every rank, what the original graph computes.
+
+Translation validation by value numbering: every value of the rewritten graph is shown to be some value of the
+original one, whole, as this rank's rows, or as a summand, with reshapes, padding and gathers followed by index
+arithmetic (``verify_index``) and row-wise ops by a table (``verify_rules``). Shares no code with the planner.
+Groups other than the axis's are taken to be other axes of the same mesh.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import sympy
+import torch
+import torch.fx as fx
+
+from cpcompile.axes import Axis
+from cpcompile.passes.collectives import is_wait, op_name
+from cpcompile.passes.verify_arguments import Arguments, Refused, View, communicates
+from cpcompile.passes.verify_index import Rows, Shape, Split, product, row_major, same, shape, tensor_shape, times
+from cpcompile.passes.verify_moves import Mover, Value, whole
+from cpcompile.passes.verify_numbering import Numbering
+from cpcompile.passes.verify_rules import Call, is_linear, rows_of
+
+MOST_READINGS = 64
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What could not be proven: the rewritten graph's node, and one line on what was expected and found."""
+
+    node: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The outcome.
+
+    Args:
+        holds: every output is whole and every value is accounted for.
+        failures: the nodes at which it does not, without what only follows from another failure.
+        facts: rewritten node name → what it was shown to be, such as ``"Shard(1) of mul_150"``.
+    """
+
+    holds: bool
+    failures: tuple[Failure, ...]
+    facts: Mapping[str, str]
+
+
+Readings: TypeAlias = tuple[Value, ...]
+
+
+def prove(
+    original: fx.GraphModule,
+    rewritten: fx.GraphModule,
+    axis: Axis,
+    tokens: sympy.Expr,
+    replicated: Callable[[str], bool],
+    rank_dependent: Collection[str] = (),
+) -> Proof:
+    """Prove that ``rewritten`` computes what ``original`` computes.
+
+    Args:
+        original: canonical functional ATen graph of one rank, ``meta["val"]`` set.
+        rewritten: the graph that is to replace it, with the same placeholders.
+        axis: the mesh axis over which it was rewritten.
+        tokens: the token count T that is split over the axis.
+        replicated: whether the graph input of that name is the same on every rank of the axis.
+        rank_dependent: original nodes whose constants differ between the ranks.
+    """
+    return _Prover(Numbering.of(original, axis, replicated, rank_dependent), rewritten, axis, tokens).run()
+
+
+class _Prover:
+    def __init__(self, original: Numbering, rewritten: fx.GraphModule, axis: Axis, tokens: sympy.Expr) -> None:
+        self.original, self.gm, self.axis = original, rewritten, axis
+        self.split = Split.of(tokens, axis.size, axis.rank)
+        self.numbering = Arguments(rewritten, axis)
+        self.moves = Mover(original, self.numbering, axis, self.split)
+        self.env: dict[fx.Node, tuple[Readings, ...]] = {}
+        self.waiting: set[fx.Node] = set()
+        self.failures: list[Failure] = []
+        self.facts: dict[str, str] = {}
+
+    def run(self) -> Proof:
+        for node in self.gm.graph.nodes:
+            try:
+                self._visit(node)
+            except Refused as refused:
+                self.failures.append(Failure(node.name, f"{node.name}: {refused}"))
+        self.failures += [Failure(name, message) for name, message in self.original.missing(self.numbering, self.gm)]
+        return Proof(not self.failures, tuple(self.failures), self.facts)
+
+    def _visit(self, node: fx.Node) -> None:
+        if node.op == "output":
+            return self._check_outputs(node)
+        if self.numbering.visit_size(node, self._local_shape):
+            return None
+        if node.op in ("placeholder", "get_attr"):
+            found: tuple[Readings, ...] = tuple((whole(v),) for v in self.original.source(node, self.gm))
+        elif any(n not in self.env and n not in self.numbering.sizes for n in node.all_input_nodes):
+            return None  # The failure of an operand has been told.
+        else:
+            found = self._call(node)
+        self._check_shapes(node, found)
+        self.env[node] = found
+        self.facts[node.name] = ", ".join(self.moves.describe(readings[0]) for readings in found)
+        return None
+
+    def _local_shape(self, node: fx.Node) -> Shape:
+        if node not in self.env:
+            raise Refused(f"the size of {node} is asked for, which was not proven")
+        return shape(self.env[node][0][0].dims)
+
+    def _call(self, node: fx.Node) -> tuple[Readings, ...]:
+        if is_wait(node):
+            return self.env[node.all_input_nodes[0]]
+        tensors = [n for n in node.all_input_nodes if n in self.env and n not in self.numbering.sizes]
+        unready = next((n for n in tensors if n in self.waiting), None)
+        if unready is not None:
+            raise Refused(f"expected the wait_tensor of {unready}; found {unready} itself, which may not be there yet")
+        if node.target is operator.getitem:
+            return (self.env[tensors[0]][node.args[1]],)  # type: ignore[index]
+        if any(len(self.env[n]) != 1 for n in tensors):
+            raise Refused("expected its operands one by one; found a tuple")
+        if communicates(node):
+            self.waiting.add(node)
+        readings = itertools.product(*(self.env[n][0] for n in tensors))
+        found: list[tuple[Value, ...]] = []
+        reasons: list[Refused] = []
+        for values in itertools.islice(readings, MOST_READINGS):
+            for attempt in (self.moves.moved, self._congruent):
+                try:
+                    made = attempt(node, dict(zip(tensors, values, strict=True)))
+                except Refused as refused:
+                    reasons.append(refused)
+                else:
+                    found += [] if made is None else [made]
+        if not found:
+            raise max(reasons, key=lambda r: r.specific) if reasons else Refused("its operands were not proven")
+        return tuple(tuple(dict.fromkeys(results)) for results in zip(*found, strict=True))
+
+    # Computing on values.
+
+    def _congruent(self, node: fx.Node, at: Mapping[fx.Node, Value]) -> tuple[Value, ...] | None:
+        """The original's call of the same op on the same values: of wholes, of rows, or of summands."""
+        rows = {n: v for n, v in at.items() if v.extent == "L" and len(v.pieces) == 1}
+        others = {n: v for n, v in at.items() if n not in rows}
+        bad = None if self.numbering.reads_no_data(node) else next((n for n, v in others.items() if not v.whole), None)
+        if bad is not None:
+            found = self.moves.describe(others[bad])
+            raise Refused(f"expected {bad} whole or as rows; found {found}: drop the pad rows first")
+        if not rows or self.numbering.reads_no_data(node):
+            return self._on_wholes(node, others)
+        return self._on_rows(node, rows, others)
+
+    def _on_wholes(self, node: fx.Node, at: Mapping[fx.Node, Value]) -> tuple[Value, ...] | None:
+        if not any(v.partial for v in at.values()):
+            views = self._found(node, {n: (v.content, v.dims) for n, v in at.items()})
+            if views is not None:
+                return tuple(whole(v) for v in views)
+        sums = {n: p for n, v in at.items() if (p := v if v.partial else self.moves.as_partial(v)) is not None}
+        mixed = [n for n in at if n not in sums]
+        if sums and is_linear(node, sums.keys(), at.keys()):
+            varying = next((n for n in mixed if not self.original.replicated[at[n].content]), None)
+            if varying is not None:
+                raise Refused(f"expected {varying}, a factor of a sum, to be the same on all ranks; it differs", 2)
+            views = self._found(node, {n: (v.content, v.dims) for n, v in {**at, **sums}.items()})
+            if views is not None:
+                return tuple(replace(whole(v), partial=True) for v in views)
+        if any(v.partial for v in at.values()):
+            found = ", ".join(f"{n}: {self.moves.describe(v)}" for n, v in at.items())
+            raise Refused(f"expected an op linear in its summands; found {_op(node)} of {found}: reduce first", 2)
+        found = ", ".join(self.moves.describe(v) for v in at.values()) or "no values"
+        raise Refused(f"expected a call of the original; found {_op(node)} of {found} with other arguments")
+
+    def _on_rows(
+        self, node: fx.Node, rows: Mapping[fx.Node, Value], others: Mapping[fx.Node, Value]
+    ) -> tuple[Value, ...] | None:
+        varying = next((n for n, v in others.items() if v.partial or not self.original.replicated[v.content]), None)
+        if varying is not None:
+            found = self.moves.describe(others[varying])
+            raise Refused(f"expected {varying} ({found}) to be the same on all ranks, as it meets rows; it differs", 3)
+        reason = Refused(f"expected whole tokens in one dim of each operand; {_op(node)} reads interleaved ones", 1)
+        candidates = [self.split.wholes(v.dims, v.post) for v in rows.values()]
+        for wholes in itertools.islice(itertools.product(*candidates), MOST_READINGS):
+            at = {n: (v.content, dims) for (n, v), (dims, _) in zip(rows.items(), wholes, strict=True)}
+            at |= {n: (v.content, v.dims) for n, v in others.items()}
+            split = {n: where for n, (_, where) in zip(rows, wholes, strict=True)}
+            try:
+                return tuple(self._row_wise(node, at, split))
+            except Refused as refused:
+                reason = max(reason, refused, key=lambda r: r.specific)
+        raise reason
+
+    def _found(self, node: fx.Node, at: Mapping[fx.Node, View], sizes: Shape | None = None) -> tuple[View, ...] | None:
+        """Results of the original's call of the same op on ``at``, None if it makes no such call."""
+        key = self.numbering.key(node, at, self.original.volatile, sizes)
+        if key in self.original.numbers:
+            self.numbering.sizes[node] = self.original.numbers[key]
+        return self.original.calls.get(key)
+
+    def _row_wise(self, node: fx.Node, at: Mapping[fx.Node, View], split: Mapping[fx.Node, Rows]) -> list[Value]:
+        """This rank's rows of the results."""
+        views = self._found(node, at, self._whole_sizes(node, at, split))
+        if views is None:
+            found = ", ".join(("rows of " if n in split else "") + self.original.name(v) for n, v in at.items())
+            raise Refused(f"expected a call of the original; found {_op(node)} of {found}", 1)
+        out = tuple(shape(dims) for _, dims in views)
+        where = rows_of(Call(node, {n: shape(dims) for n, (_, dims) in at.items()}, split, out))
+        if isinstance(where, str):
+            raise Refused(f"expected an op that keeps rows apart; found {_op(node)}: {where}; gather first", 2)
+        made = []
+        for (content, _), sizes in zip(views, out, strict=True):
+            assert self.original.replicated[content], f"{node}: a row-wise op of shared values differs between ranks"
+            dim = where.dim
+            if sizes[dim] != product((where.outer, self.split.tokens, where.inner)):
+                raise Refused(f"expected {self.split.tokens} tokens in dim {dim} of the result; found {sizes[dim]}", 1)
+            pre, post = times(product(sizes[:dim]), where.outer), times(where.inner, product(sizes[dim + 1 :]))
+            local = product((where.outer, self.split.local, where.inner))
+            made.append(Value(((content, post),), row_major((*sizes[:dim], local, *sizes[dim + 1 :])), "L", pre, post))
+        return made
+
+    def _whole_sizes(self, node: fx.Node, at: Mapping[fx.Node, View], split: Mapping[fx.Node, Rows]) -> Shape | None:
+        """Sizes among the arguments as the original has them, where they name this rank's rows."""
+        if op_name(node.target) != "aten::expand":
+            return None
+        (source,) = split
+        sizes = list(self.numbering.arguments(node)["size"])
+        ndim, where = len(at[source][1]), split[source]
+        dim = where.dim + len(sizes) - ndim
+        if not same(sizes[dim], product((where.outer, self.split.local, where.inner))) and sizes[dim] != -1:
+            raise Refused(f"expected this rank's rows in dim {dim}; found size {sizes[dim]}", 2)
+        sizes[dim] = product((where.outer, self.split.tokens, where.inner))
+        return tuple(sizes)
+
+    # Checks and words.
+
+    def _check_shapes(self, node: fx.Node, found: tuple[Readings, ...]) -> None:
+        """What the graph says of its shapes is what they are: lowering relies on it."""
+        value = node.meta.get("val")
+        claimed: Sequence[object] = value if isinstance(value, list | tuple) else [value]
+        for said, readings in zip(claimed, found, strict=False):
+            if isinstance(said, torch.Tensor):
+                stated, shown = tensor_shape(said), shape(readings[0].dims)
+                if len(stated) != len(shown) or not all(map(same, stated, shown)):
+                    raise Refused(f"expected shape {list(shown)}; its meta says {list(stated)}", 2)
+
+    def _check_outputs(self, node: fx.Node) -> None:
+        mine, theirs = _outputs(node), _outputs(self.original.output)
+        if len(mine) != len(theirs):
+            raise Refused(f"expected {len(theirs)} outputs; found {len(mine)}")
+        for index, (new, old) in enumerate(zip(mine, theirs, strict=True)):
+            told = new.name if isinstance(new, fx.Node) else node.name
+            wanted = self.original.env.get(old) if isinstance(old, fx.Node) else None
+            if wanted is None or len(wanted) != 1:
+                if self.numbering.constant(new) != self.original.constant(old):
+                    self.failures.append(Failure(told, f"{told}: expected output {index} to be {old}; found {new}"))
+            elif isinstance(new, fx.Node) and new in self.env:
+                readings = self.env[new][0]
+                if new in self.waiting or whole(wanted[0]) not in readings:
+                    expected, found = self.original.name(wanted[0]), self.moves.describe(readings[0])
+                    message = f"expected output {index} to be Whole of {expected}; found {found}: gather or reduce it"
+                    self.failures.append(Failure(told, f"{told}: {message}"))
+            elif not self.failures:
+                self.failures.append(Failure(told, f"{told}: expected output {index} to be {old}; found {new}"))
+
+
+def _op(node: fx.Node) -> str:
+    return op_name(node.target).replace("::", ".")
+
+
+def _outputs(node: fx.Node) -> list[object]:
+    values = node.args[0]
+    return list(values) if isinstance(values, list | tuple) else [values]
