@@ -7,17 +7,20 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from cpcompile.costs import PROFILES
 from cpcompile.errors import CpcompileError
+
+if TYPE_CHECKING:
+    from cpcompile.model_spec import Target
 
 app = typer.Typer(
     help="Token parallelism for tensor-parallel DeepSeek inference: explain, trace, rewrite.",
@@ -47,10 +50,15 @@ class Verify(str, Enum):
 
 _TARGET = "file.py:function or package.module:function that returns (model, args[, kwargs]); a directory with config.json; a trace"
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help=_TARGET, show_default=False)]
-AxisOption = Annotated[list[str], typer.Option("--axis", metavar="NAME=SIZE", help="A mesh axis, such as tp=16. Repeat for more.")]
+AxisOption = Annotated[
+    list[str], typer.Option("--axis", metavar="NAME=SIZE", help="A mesh axis, such as tp=16. Repeat for more.")
+]
 RankOption = Annotated[int, typer.Option("--rank", help="The rank whose graph is traced.")]
 ReplicatedOption = Annotated[
-    list[str], typer.Option("--replicated", metavar="PATTERN", help="Inputs that are the same on every rank; '!PATTERN' says not.")
+    list[str],
+    typer.Option(
+        "--replicated", metavar="PATTERN", help="Inputs that are the same on every rank; '!PATTERN' says not."
+    ),
 ]
 
 
@@ -84,7 +92,9 @@ def explain(
     tokens: Annotated[int, typer.Option(min=0, help="Token count T that decisions are stated for.")] = 16384,
     rank: RankOption = 0,
     profile: Annotated[str, typer.Option(help=f"Hardware: {', '.join(PROFILES)}.")] = "ascend-a3",
-    strategy: Annotated[Strategy, typer.Option(help="auto: best per T; tp: the plan of a large step; off.")] = Strategy.auto,
+    strategy: Annotated[
+        Strategy, typer.Option(help="auto: best per T; tp: the plan of a large step; off.")
+    ] = Strategy.auto,
     require: Annotated[list[str], typer.Option(metavar="PATTERN", help="Must be rewritten, else an error.")] = [],  # noqa: B006
     replicated: ReplicatedOption = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
@@ -100,10 +110,8 @@ def explain(
 
     options = {"strategy": strategy.value, "profile": profile, "verify": verify.value, "require": require}
     Options.parse(options)  # before the minutes that a large model takes
-    with _status("tracing the model (dynamo, AOT)"):
-        found = _trace(target, axis, rank)
-    declared = (*found.replicated, *replicated)
-    with _status("placing and proving"):
+    with _traced(target, axis, rank) as found, _status("placing and proving"):
+        declared = (*found.replicated, *replicated)
         outcome = explain_trace(found.trace, Options.parse({**options, "replicated": declared}), tokens, found.axes)
     if save_plan is not None:
         _write(save_plan, outcome.plan.save)
@@ -128,18 +136,23 @@ def trace(
 
     if output.suffix != SUFFIX:
         raise typer.BadParameter(f"{output}: the name of a trace ends in {SUFFIX}", param_hint="--output")
-    with _status("tracing the model (dynamo, AOT)"):
-        found = _trace(target, axis, rank)
-    save_trace(output, found.trace, found.axes, (*found.replicated, *replicated))
+    with _traced(target, axis, rank) as found:
+        save_trace(output, found.trace, found.axes, (*found.replicated, *replicated))
 
 
 @app.command()
 @one_line_errors
 def opt(
-    file: Annotated[Path | None, typer.Argument(metavar="FILE.pt2", help="A saved trace, from someone you trust.")] = None,
-    passes: Annotated[str, typer.Option("-p", "--passes", metavar="PASSES", help="name{field=value,...},name2 in order.")] = "",
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE.pt2", help="A saved trace, from someone you trust.")
+    ] = None,
+    passes: Annotated[
+        str, typer.Option("-p", "--passes", metavar="PASSES", help="name{field=value,...},name2 in order.")
+    ] = "",
     show: Annotated[bool, typer.Option("--list", help="List the passes with their fields.")] = False,
-    print_between: Annotated[bool, typer.Option("--print-between-passes", help="Print the graph after each pass.")] = False,
+    print_between: Annotated[
+        bool, typer.Option("--print-between-passes", help="Print the graph after each pass.")
+    ] = False,
     time_passes: Annotated[bool, typer.Option("--time-passes", help="Say on stderr how long each pass took.")] = False,
 ) -> None:
     """Run passes by name on a saved trace and print the graph.
@@ -179,12 +192,22 @@ def plan_diff(first: Path, second: Path) -> None:
         raise typer.Exit(1)
 
 
-def _trace(target: str, axis: list[str], rank: int) -> Any:
+@contextmanager
+def _traced(target: str, axis: list[str], rank: int) -> Iterator[Target]:
     from cpcompile.model_spec import parse_axes, trace_target
 
+    axes = parse_axes(axis, rank)
     # What torch logs of a failed trace is in the error that we raise.
-    logging.getLogger("torch").setLevel(logging.CRITICAL)
-    return trace_target(target, parse_axes(axis, rank), rank)
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with ExitStack() as stack:
+            with _status("tracing the model (dynamo, AOT)"):
+                found = stack.enter_context(trace_target(target, axes, rank))
+            yield found
+    finally:
+        logger.setLevel(level)
 
 
 def _write(path: Path, save: Callable[[Path], None]) -> None:

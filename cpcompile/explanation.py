@@ -57,7 +57,11 @@ class Explanation:
     def __rich__(self) -> RenderableType:
         """The explanation for a rich console."""
         data = self.to_dict()
-        parts = [_collectives(self.report), _volume(data["volume"], self.report.tokens), _interval_table(self._intervals)]
+        parts = [
+            _collectives(self.report),
+            _volume(data["volume"], self.report.tokens),
+            _interval_table(self._intervals),
+        ]
         return Group(*parts, _passes(self.report), *_summary(data))
 
 
@@ -140,10 +144,15 @@ def _collectives(report: Report) -> Table:
     for c in report.collectives:
         becomes = f"{c.kind} -> {c.becomes}" if c.kind == "all_reduce" else c.becomes
         fused = "" if c.fused is None else f" (all_gather #{c.fused})"
-        before, after = _elements(c.elements_before, c.elements_before_in_t), _elements(c.elements_after, c.elements_after_in_t)
+        before, after = (
+            _elements(c.elements_before, c.elements_before_in_t),
+            _elements(c.elements_after, c.elements_after_in_t),
+        )
         decision = Text(c.decision, style=_STYLES.get(c.decision, ""))
         # Text, for what comes from the model may look like markup.
-        table.add_row(Text(c.module), Text(c.name), Text(c.axis), decision, Text(becomes + fused), before, after, Text(c.reason))
+        table.add_row(
+            Text(c.module), Text(c.name), Text(c.axis), decision, Text(becomes + fused), before, after, Text(c.reason)
+        )
     return table
 
 
@@ -191,7 +200,9 @@ def _summary(data: Mapping[str, Any]) -> Iterator[Text]:
     if failures:
         yield Text(f"Verification FAILED, the graph runs as it came: {failures[0]}")
     else:
-        yield Text(f"Verification: {len(proofs)} rewritten graphs proven" if proofs else "Verification: nothing was proven")
+        yield Text(
+            f"Verification: {len(proofs)} rewritten graphs proven" if proofs else "Verification: nothing was proven"
+        )
     capture, graph = data["capture"], data["graph"]
     yield Text(
         f"Graph: {graph['nodes_before']} nodes before, {graph['nodes_after']} after; "

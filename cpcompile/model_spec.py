@@ -78,12 +78,16 @@ def parse_axes(texts: Sequence[str], rank: int = 0) -> dict[str, int]:
         axes[name] = int(size)
     world = math.prod(axes.values())
     if not 0 <= rank < world:
-        raise AxisError(f"--rank {rank} is out of range: the axes {axes} have ranks 0 to {world - 1}")
+        mesh = ", ".join(f"{name}={size}" for name, size in axes.items()) or "of one rank, for no --axis is given"
+        raise AxisError(f"--rank {rank} is out of range: the mesh ({mesh}) has ranks 0 to {world - 1}")
     return axes
 
 
-def trace_target(target: str, axes: Mapping[str, int], rank: int = 0) -> Target:
+@contextmanager
+def trace_target(target: str, axes: Mapping[str, int], rank: int = 0) -> Iterator[Target]:
     """Trace what ``target`` names as rank ``rank`` of the mesh ``axes``; needs no other process and no accelerator.
+
+    The fake process group lives as long as the block: facts of DTensors are read off their meshes.
 
     Args:
         target: ``file.py:function``, ``package.module:function``, a directory with ``config.json``, or a trace file.
@@ -98,13 +102,16 @@ def trace_target(target: str, axes: Mapping[str, int], rank: int = 0) -> Target:
     path = Path(target)
     if path.suffix == SUFFIX or (path.is_file() and path.suffix != ".py"):
         if axes or rank:
-            raise OptionError(f"{target} is a saved trace, which has its own axes and rank: leave out --axis and --rank")
+            raise OptionError(
+                f"{target} is a saved trace, which has its own axes and rank: leave out --axis and --rank"
+            )
         saved = load_trace(path)
-        return Target(saved.trace, saved.axes, saved.replicated)
+        yield Target(saved.trace, saved.axes, saved.replicated)
+        return
     with fake_mesh(axes, rank) as mesh:
         spec = _from_directory(path, mesh) if path.is_dir() else _from_function(target, mesh)
         trace = capture(spec.model, *spec.args, **spec.kwargs)
-        return Target(trace, [axis_of(name, mesh[name]) for name in axes] if mesh else [], spec.replicated)
+        yield Target(trace, [axis_of(name, mesh[name]) for name in axes] if mesh else [], spec.replicated)
 
 
 @contextmanager
@@ -192,7 +199,9 @@ def _from_directory(directory: Path, mesh: DeviceMesh | None) -> _Spec:
     config = _read_config(directory)
     for name in (mesh.mesh_dim_names if mesh is not None else None) or ():
         if name != "tp":
-            raise AxisError(f"a model from a configuration is sharded over the axis 'tp' only, found {name!r}; use --axis tp=N")
+            raise AxisError(
+                f"a model from a configuration is sharded over the axis 'tp' only, found {name!r}; use --axis tp=N"
+            )
     from transformers import AutoModelForCausalLM
 
     try:
@@ -202,7 +211,9 @@ def _from_directory(directory: Path, mesh: DeviceMesh | None) -> _Spec:
             ids = torch.zeros(1, EXAMPLE_TOKENS, dtype=torch.int64)
         replicated = ("*", *_shard(model, mesh["tp"])) if mesh is not None else ("*",)
     except Exception as error:
-        raise TraceError(f"{directory}: cannot build the model: {type(error).__name__}: {_first_line(error)}") from error
+        raise TraceError(
+            f"{directory}: cannot build the model: {type(error).__name__}: {_first_line(error)}"
+        ) from error
     return _Spec(model, (), {"input_ids": ids, "use_cache": False}, replicated)
 
 
@@ -220,7 +231,9 @@ def _read_config(directory: Path) -> Any:
     try:
         from transformers import CONFIG_MAPPING, AutoConfig
     except ImportError as error:
-        raise TraceError("a configuration needs the transformers library: pip install cpcompile[transformers]") from error
+        raise TraceError(
+            "a configuration needs the transformers library: pip install cpcompile[transformers]"
+        ) from error
     if data["model_type"] not in CONFIG_MAPPING:
         known = nearest(data["model_type"], CONFIG_MAPPING)
         raise TraceError(f"{path}: unknown model_type {data['model_type']!r}{known if 'mean' in known else ''}")

@@ -30,6 +30,8 @@ from cpcompile.passes.place import place
 from cpcompile.passes.placement_problem import PlacementGraph, build
 from cpcompile.passes.token_dims import Annotation, annotate
 from cpcompile.passes.token_layout import Expr, size_expr
+from cpcompile.passes.verify_numeric import check_numerically
+from cpcompile.passes.verify_static import prove
 from cpcompile.plan import AxisPlan, Interval, Plan
 from cpcompile.replication import InputFact, exchange_facts, structure_fingerprint
 from cpcompile.report import Collective, PassRun, Report
@@ -317,12 +319,18 @@ def _materialise(
     gm = runner.run("materialise", lambda: materialise(variant.gm, graph, interval))
     known = graph.known
     if options.verify != "off":
-        from cpcompile.passes.verify_static import prove
-
         proof = runner.run("verify-static", lambda: prove(variant.gm, gm, known.axis, known.tokens, replicated.__getitem__))
         result.proofs.append(
             {"axis": known.axis.name, "first": first, "last": last, "holds": proof.holds,
-             "failures": [f"{f.node}: {f.message}" for f in proof.failures]}
+             "method": "static", "failures": [f"{f.node}: {f.message}" for f in proof.failures]}
+        )  # fmt: skip
+    if options.verify == "numeric":
+        failures = runner.run(
+            "verify-numeric", lambda: check_numerically(variant.gm, graph, interval, replicated.__getitem__)
+        )
+        result.proofs.append(
+            {"axis": known.axis.name, "first": first, "last": last, "holds": not failures, "method": "numeric",
+             "failures": failures}
         )  # fmt: skip
     return Variant(first, last, gm, [*variant.steps, Step(graph, interval, gm.meta["gathers"])])
 

@@ -167,9 +167,7 @@ def _declared(facts: Mapping[str, Sequence[tuple[bool, str]]], inputs: Sequence[
     """
     patterns = []
     for name, *found in zip(unique_names(inputs), *facts.values(), strict=True):
-        if any(source == "integer input" or source.startswith("unknown") for _, source in found):
-            continue
-        if found:
+        if any(source != "integer input" and not source.startswith("unknown") for _, source in found):
             patterns.append(("" if all(same for same, _ in found) else "!") + glob.escape(name))
     return tuple(patterns)
 

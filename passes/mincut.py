@@ -274,16 +274,16 @@ def solve_milp(problem: Problem, time_limit: float = 20.0) -> Solution:
         constraints=LinearConstraint(matrix, ub=np.array([limit for _, limit in rows])),
         options={"time_limit": time_limit, "mip_rel_gap": 0.0},
     )
-    cut = solve_cut(problem)
     dual = result.get("mip_dual_bound")
     bound = 0 if dual is None else max(0, int(np.floor(dual * scale + constant)))
-    if result.x is None:
-        return Solution(cut.labels, cut.cost, min(bound, cut.cost), "minimum cut")
-    true = {node for node, column in index.items() if result.x[column] > 0.5}
-    labels = _labels(problem, true)
-    exact = cost_of(problem, labels)
-    if exact is None or exact > cut.cost:
-        return Solution(cut.labels, cut.cost, min(bound, cut.cost), "minimum cut")
+    labels, exact = (), None
+    if result.x is not None:
+        labels = _labels(problem, {node for node, column in index.items() if result.x[column] > 0.5})
+        exact = cost_of(problem, labels)
+    if result.status != 0 or exact is None:
+        cut = solve_cut(problem)
+        if exact is None or cut.cost < exact:
+            return Solution(cut.labels, cut.cost, min(bound, cut.cost), cut.solver)
     # The dual bound is floating point: within rounding of the plan's exact cost, the plan is the optimum.
     proven = exact if exact - bound <= max(1, exact * 1e-9) else bound
     return Solution(labels, exact, proven, "integer programme")

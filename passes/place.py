@@ -30,9 +30,9 @@ from cpcompile.passes.placement_problem import PlacementGraph, Polynomial, evalu
 
 MANY_TOKENS = 1 << 20
 LARGE_STEP = 1 << 16
-MOST_SOLVES = 12
-MANY_CHOICES = 600
-WORTH_A_GRAPH = 0.02
+MOST_SOLVES = 8
+MANY_CHOICES = 200
+WORTH_A_GRAPH = 0.05
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class ShardEmitter:
         self._symbols: dict[sympy.Symbol, fx.Node | tuple[fx.Node, int]] = {}
         self._sizes: dict[Expr, fx.Node] = {}
         self._symints: dict[Expr, int | torch.SymInt] = {}
+        self._fakes: dict[tuple[Any, ...], torch.Tensor] = {}
         self.meta: dict[str, Any] = {}
 
     def bind(self, node: fx.Node) -> None:
@@ -111,6 +112,14 @@ class ShardEmitter:
             return None
         if strides is None:
             strides = [product(shape[dim + 1 :]) for dim in range(len(shape))]
+        # Layers repeat: one fake tensor stands for every value of its kind.
+        key = (shape, tuple(strides), like.dtype, like.device)
+        if key not in self._fakes:
+            self._fakes[key] = self._new_fake(shape, strides, like)
+        return self._fakes[key]
+
+    def _new_fake(self, shape: Shape, strides: Sequence[Expr], like: torch.Tensor) -> torch.Tensor:
+        assert self._fake_mode is not None
         sizes, steps = [self.symint(s) for s in shape], [self.symint(s) for s in strides]
         with self._fake_mode, self._shape_env.suppress_guards() if self._shape_env else self._fake_mode:
             return torch.empty_strided(sizes, steps, dtype=like.dtype, device=like.device)

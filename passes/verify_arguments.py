@@ -57,6 +57,8 @@ def reshaped(node: fx.Node, args: Mapping[str, Argument], dims: Dims, split: boo
         return regroup(dims, tuple(args["size" if "size" in args else "shape"]))
     if name in IDENTITIES:
         return dims
+    if name == "aten::constant_pad_nd":
+        return None if any(args["pad"]) else dims
     if name == "aten::permute":
         return tuple(dims[d] for d in args["dims"])
     if name == "aten::t":

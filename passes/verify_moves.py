@@ -74,7 +74,7 @@ class Mover:
         """``original`` is numbered, ``numbering`` reads the rewritten graph, ``split`` says how rows are split."""
         self.original, self.numbering, self.axis, self.split = original, numbering, axis, split
 
-    def moved(self, node: fx.Node, at: Mapping[fx.Node, Value]) -> tuple[Value, ...] | None:
+    def moved(self, node: fx.Node, at: Mapping[fx.Node, Value]) -> list[tuple[Value, ...]]:
         """What padding, slicing, views and collectives of the axis make of ``at``, by index arithmetic alone."""
         name = op_name(node.target)
         args = self.numbering.arguments(node)
@@ -82,11 +82,11 @@ class Mover:
         value = at.get(operand) if isinstance(operand, fx.Node) else None
         made: list[Value | None] = []
         if value is not None and any(c in self.original.volatile for c, _ in value.pieces) and not aliases(node):
-            return None
+            return []
         if name == "aten::cat":
             made = [self._joined(list(node.args[0]), at, args)]  # type: ignore[arg-type]
         elif value is None:
-            return None
+            return []
         elif (dims := reshaped(node, args, value.dims, value.extent == "L")) is not None:
             made = [replace(value, dims=dims)]
         elif name == "aten::constant_pad_nd":
@@ -98,7 +98,7 @@ class Mover:
         elif communicates(node) and self.axis.owns(group_name_of(node)):
             made = [self._communicated(name, value, args)]
         found = tuple(value for value in made if value is not None)
-        return found if found and len(found) == len(made) else None
+        return [found] if found and len(found) == len(made) else []
 
     def _communicated(self, name: str, value: Value, args: Mapping[str, Argument]) -> Value | None:
         kind = name.removeprefix("_c10d_functional::")
@@ -106,7 +106,9 @@ class Mover:
             raise Refused(f"expected group_size {self.axis.size}; found {args['group_size']}", 3)
         if kind == "all_gather_into_tensor" and value.extent == "L":
             dims = self.split.gathered(value.dims, value.post)
-            return None if dims is None else replace(value, dims=dims, extent="N")
+            if dims is None or not same(self.split.padded, self.split.tokens):
+                return None if dims is None else replace(value, dims=dims, extent="N")
+            return self._unpadded(value, dims)
         if kind not in ("all_reduce", "reduce_scatter_tensor") or args["reduce_op"] != "sum":
             return None
         reduced = value if value.partial else self.as_partial(value)
@@ -161,7 +163,7 @@ class Mover:
             return None
         if told and same(first, 0) and same(last, self.split.tokens):
             dims = row_major((*sizes[:dim], self.split.tokens, *sizes[dim + 1 :]))
-            return replace(value, dims=dims, extent="T") if len(value.pieces) > 1 else whole((value.content, dims))
+            return self._unpadded(value, dims)
         mine = times(self.split.local, self.split.rank)
         if same(first, mine) and same(last, mine + self.split.local):
             if not self.original.replicated[value.content]:
@@ -171,6 +173,10 @@ class Mover:
             bounds = f"0:{self.split.tokens} or {mine}:{mine + self.split.local}"
             raise Refused(f"expected rows {bounds} of the padded ones; found {first}:{last}", 2)
         return None
+
+    def _unpadded(self, value: Value, dims: Dims) -> Value:
+        """All tokens of ``value`` and no more, as ``dims``."""
+        return replace(value, dims=dims, extent="T") if len(value.pieces) > 1 else whole((value.content, dims))
 
     def _joined(self, nodes: list[fx.Node], at: Mapping[fx.Node, Value], args: Mapping[str, Argument]) -> Value | None:
         """Several values side by side in each row."""

@@ -61,9 +61,10 @@ def check_numerically(
 ) -> list[str]:
     """Run what ``materialise`` makes for every rank of the axis against ``original``, and compare all results.
 
-    Inputs: floats ``N(0, 1) * 0.1`` (1-d ``N(0, 1)``), token ids over the vocabulary, other integers 0 or 1 (good for any index), sizes
-    from the token count, 2 for other symbols, None for what is no tensor. All ranks run this rank's constants. Groups
-    other than the axis's are taken to be other axes of the same mesh. Inputs that a graph writes are compared as well.
+    Inputs: floats ``N(0, 1) * 0.1`` (1-d ``N(0, 1)``), token ids over the vocabulary, other integers 0 or 1 (good for
+    any index), sizes from the token count, 2 for other symbols, None for what is no tensor. All ranks run this rank's
+    constants. Groups other than the axis's are taken to be other axes of the same mesh. Inputs that a graph writes are
+    compared as well.
 
     Args:
         original: one rank's canonical graph, as it was before the rewrite; left as it is.
@@ -179,7 +180,7 @@ class _Inputs:
             value = node.meta.get("val")
             if isinstance(value, torch.Tensor):
                 if value.device.type == "meta":
-                    return f"{node.name}: expected an input that can be run, found one on the meta device: use verify='static'"
+                    return f"input {node.name!r} is on the meta device, which computes nothing: use verify='static'"
                 width = max(value.element_size(), wide(value.dtype).itemsize)
                 needed += math.prod(self._sizes(value.shape, tokens)) * width * len(self.mesh.coordinates)
         if needed <= MOST_BYTES:
@@ -259,17 +260,21 @@ class _Check:
 
     def run(self, counts: Sequence[int]) -> list[str]:
         exact = self._has_wide_form(counts[0])
-        original, graphs = (_widened(self.original), list(map(_widened, self.graphs))) if exact else (self.original, self.graphs)
-        failures, told = ([], False) if not exact else self._compare(self.original, self.graphs, counts[-1:], None, exact=False)
-        found, told = self._compare(original, graphs, counts, tolerance(self._coarsest(exact)), exact=exact)
-        if not told and not found:
-            return [f"every output is zero on random inputs of {counts} tokens, which proves nothing: use verify='static'"]
-        return failures + found
+        if exact:
+            wide_form = replace(self, original=_widened(self.original), graphs=list(map(_widened, self.graphs)))
+            failures, _ = self._compare(counts[-1:], None, exact=False)
+            found, told = wide_form._compare(counts, tolerance(torch.float64), exact=True)
+            failures += found
+        else:
+            failures, told = self._compare(counts, tolerance(self._coarsest()), exact=False)
+        if not told and not failures:
+            return [f"every output is zero on random inputs of {counts} tokens: use verify='static'"]
+        return failures
 
-    def _coarsest(self, exact: bool) -> torch.dtype:
+    def _coarsest(self) -> torch.dtype:
         values = (leaf for node in self.original.graph.nodes for leaf in tree_leaves(node.meta.get("val")))
         dtypes = {v.dtype for v in values if isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex())}
-        return torch.float64 if exact else max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float64)
+        return max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float64)
 
     def _has_wide_form(self, tokens: int) -> bool:
         try:
@@ -278,19 +283,18 @@ class _Check:
             return False
         return True
 
-    def _compare(
-        self, original: fx.GraphModule, graphs: Sequence[fx.GraphModule], counts: Sequence[int], bound: float | None, *, exact: bool
-    ) -> tuple[list[str], bool]:
-        """Failures at all ``counts``, and whether there was anything to compare. No ``bound``: shapes and dtypes only."""
-        failures, told = [], False
+    def _compare(self, counts: Sequence[int], bound: float | None, *, exact: bool) -> tuple[list[str], bool]:
+        """Failures at all ``counts``, and whether anything was not zero. No ``bound``: shapes and dtypes only."""
+        failures: list[str] = []
+        told = False
         for tokens in counts:
             try:
-                expected = self._run([original] * len(graphs), tokens, exact=exact)
+                expected = self._run([self.original] * len(self.graphs), tokens, exact=exact)
             except LockstepError as error:
-                failures.append(f"T={tokens}: the original graph does not run on random inputs: {error}; use verify='static'")
+                failures.append(f"T={tokens}: the original graph fails on random inputs, use verify='static': {error}")
                 continue
             try:
-                found = self._run(graphs, tokens, exact=exact)
+                found = self._run(self.graphs, tokens, exact=exact)
             except LockstepError as error:
                 failures.append(f"T={tokens}: {error}")
                 continue
@@ -306,7 +310,8 @@ class _Check:
             inputs = [[v.to(wide(v.dtype)) if isinstance(v, torch.Tensor) else v for v in values] for values in inputs]
         coordinates = self.mesh.coordinates
         programs = [
-            RankProgram(graphs[at[0]], values, self.mesh.groups(at)) for at, values in zip(coordinates, inputs, strict=True)
+            RankProgram(graphs[at[0]], values, self.mesh.groups(at))
+            for at, values in zip(coordinates, inputs, strict=True)
         ]
         results = []
         for output, values in zip(run_lockstep(programs), inputs, strict=True):
@@ -315,10 +320,10 @@ class _Check:
         return results
 
     def _written(self, values: Sequence[object]) -> dict[str, object]:
-        changes = any(
-            isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in self.original.graph.nodes
-        )
-        return {f"input {n.name}": v for n, v in zip(self.draw.nodes, values, strict=True)} if changes else {}
+        targets = (node.target for node in self.original.graph.nodes)
+        if not any(isinstance(t, torch._ops.OpOverload) and t._schema.is_mutable for t in targets):
+            return {}
+        return {f"input {n.name}": v for n, v in zip(self.draw.nodes, values, strict=True)}
 
 
 def _differences(expected: Mapping[str, object], found: Mapping[str, object], bound: float | None) -> list[str]:
@@ -344,7 +349,9 @@ def _difference(a: object, b: object, bound: float | None) -> str:
     if not torch.equal(finite, b.isfinite()) or not torch.equal(a[~finite].nan_to_num(7.0), b[~finite].nan_to_num(7.0)):
         return "NaN or infinite in other places"
     size, error = float(a[finite].norm()), float((a[finite] - b[finite]).norm())
-    return "" if error <= bound * size else f"relative error {error / size if size else math.inf:.1e}, tolerance {bound:.1e}"
+    if error <= bound * size:
+        return ""
+    return f"relative error {error / size if size else math.inf:.1e}, tolerance {bound:.1e}"
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -353,7 +360,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _grouped_mm(
-    a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+    a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, bias: None = None, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """``[M, K]`` rows, each group of them up to the next of ``offs [G]`` times its own matrix of ``[G, K, N]``."""
     if a.dim() != 2 or b.dim() != 3 or bias is not None:
@@ -370,10 +377,12 @@ _WIDE_OPS: Mapping[object, Callable[..., torch.Tensor]] = {torch.ops.aten._group
 
 def _widened(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of ``gm`` that computes in float64: dtype arguments, given or defaulted, constants, and ``_WIDE_OPS``."""
-    new, env = fx.Graph(), {}
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         env[node] = copy = new.node_copy(node, env.__getitem__)
-        copy.args, copy.kwargs = fx.node.map_aggregate((copy.args, copy.kwargs), _wide_argument)  # type: ignore[misc,assignment]
+        copy.args = fx.node.map_aggregate(copy.args, _wide_argument)
+        copy.kwargs = fx.node.map_aggregate(copy.kwargs, _wide_argument)
         copy.target = _WIDE_OPS.get(copy.target, copy.target)
         value = operator.attrgetter(node.target)(gm) if node.op == "get_attr" else node.meta.get("val")
         if not isinstance(value, torch.Tensor) or value.dtype == wide(value.dtype):
@@ -385,13 +394,14 @@ def _widened(gm: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(gm, new)
 
 
-def _wide_argument(value: object) -> object:
+def _wide_argument(value: fx.node.Argument) -> fx.node.Argument:
     return wide(value) if isinstance(value, torch.dtype) else value
 
 
 def _widen_defaults(node: fx.Node, target: torch._ops.OpOverload, dtype: torch.dtype) -> None:
     for index, argument in enumerate(target._schema.arguments):
-        if argument.name == "dtype" and argument.has_default_value() and index >= len(node.args) and node.kwargs.get("dtype") is None:
+        given = index < len(node.args) or node.kwargs.get(argument.name) is not None
+        if argument.name == "dtype" and argument.has_default_value() and not given:
             node.kwargs = {**node.kwargs, "dtype": dtype}
         if argument.name == "half_to_float" and index < len(node.args):
             node.update_arg(index, False)

@@ -136,18 +136,16 @@ class _Prover:
         for values in itertools.islice(readings, MOST_READINGS):
             for attempt in (self.moves.moved, self._congruent):
                 try:
-                    made = attempt(node, dict(zip(tensors, values, strict=True)))
+                    found += attempt(node, dict(zip(tensors, values, strict=True)))
                 except Refused as refused:
                     reasons.append(refused)
-                else:
-                    found += [] if made is None else [made]
         if not found:
             raise max(reasons, key=lambda r: r.specific) if reasons else Refused("its operands were not proven")
         return tuple(tuple(dict.fromkeys(results)) for results in zip(*found, strict=True))
 
     # Computing on values.
 
-    def _congruent(self, node: fx.Node, at: Mapping[fx.Node, Value]) -> tuple[Value, ...] | None:
+    def _congruent(self, node: fx.Node, at: Mapping[fx.Node, Value]) -> list[tuple[Value, ...]]:
         """The original's call of the same op on the same values: of wholes, of rows, or of summands."""
         rows = {n: v for n, v in at.items() if v.extent == "L" and len(v.pieces) == 1}
         others = {n: v for n, v in at.items() if n not in rows}
@@ -156,10 +154,10 @@ class _Prover:
             found = self.moves.describe(others[bad])
             raise Refused(f"expected {bad} whole or as rows; found {found}: drop the pad rows first")
         if not rows or self.numbering.reads_no_data(node):
-            return self._on_wholes(node, others)
+            return [self._on_wholes(node, others)]
         return self._on_rows(node, rows, others)
 
-    def _on_wholes(self, node: fx.Node, at: Mapping[fx.Node, Value]) -> tuple[Value, ...] | None:
+    def _on_wholes(self, node: fx.Node, at: Mapping[fx.Node, Value]) -> tuple[Value, ...]:
         if not any(v.partial for v in at.values()):
             views = self._found(node, {n: (v.content, v.dims) for n, v in at.items()})
             if views is not None:
@@ -181,22 +179,27 @@ class _Prover:
 
     def _on_rows(
         self, node: fx.Node, rows: Mapping[fx.Node, Value], others: Mapping[fx.Node, Value]
-    ) -> tuple[Value, ...] | None:
+    ) -> list[tuple[Value, ...]]:
         varying = next((n for n, v in others.items() if v.partial or not self.original.replicated[v.content]), None)
         if varying is not None:
-            found = self.moves.describe(others[varying])
-            raise Refused(f"expected {varying} ({found}) to be the same on all ranks, as it meets rows; it differs", 3)
+            differs = self.moves.describe(others[varying])
+            raise Refused(
+                f"expected {varying} ({differs}) to be the same on all ranks, as it meets rows; it differs", 3
+            )
         reason = Refused(f"expected whole tokens in one dim of each operand; {_op(node)} reads interleaved ones", 1)
+        found: list[tuple[Value, ...]] = []
         candidates = [self.split.wholes(v.dims, v.post) for v in rows.values()]
         for wholes in itertools.islice(itertools.product(*candidates), MOST_READINGS):
             at = {n: (v.content, dims) for (n, v), (dims, _) in zip(rows.items(), wholes, strict=True)}
             at |= {n: (v.content, v.dims) for n, v in others.items()}
             split = {n: where for n, (_, where) in zip(rows, wholes, strict=True)}
             try:
-                return tuple(self._row_wise(node, at, split))
+                found.append(tuple(self._row_wise(node, at, split)))
             except Refused as refused:
                 reason = max(reason, refused, key=lambda r: r.specific)
-        raise reason
+        if not found:
+            raise reason
+        return found
 
     def _found(self, node: fx.Node, at: Mapping[fx.Node, View], sizes: Shape | None = None) -> tuple[View, ...] | None:
         """Results of the original's call of the same op on ``at``, None if it makes no such call."""
@@ -217,7 +220,8 @@ class _Prover:
             raise Refused(f"expected an op that keeps rows apart; found {_op(node)}: {where}; gather first", 2)
         made = []
         for (content, _), sizes in zip(views, out, strict=True):
-            assert self.original.replicated[content], f"{node}: a row-wise op of shared values differs between ranks"
+            if not self.original.replicated[content]:
+                raise Refused(f"expected the same {_op(node)} on all ranks; its result differs between them", 3)
             dim = where.dim
             if sizes[dim] != product((where.outer, self.split.tokens, where.inner)):
                 raise Refused(f"expected {self.split.tokens} tokens in dim {dim} of the result; found {sizes[dim]}", 1)

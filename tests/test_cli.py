@@ -80,7 +80,8 @@ def test_json_has_every_key(trace):
     assert data["graph"]["nodes_after"] != data["graph"]["nodes_before"] > 0
     keys = {"name", "kind", "axis", "module", "decision", "becomes", "elements_before", "elements_after", "reason"}
     assert all(keys <= set(c) for c in data["collectives"])
-    assert data["volume"]["before"] == sum(c["elements_before"] for c in data["collectives"]) > data["volume"]["after"]
+    assert data["volume"]["before"] == sum(c["elements_before"] for c in data["collectives"]) > 0
+    assert data["volume"]["after"] == sum(c["elements_after"] for c in data["collectives"])
     assert {"name", "seconds", "rewrites", "refusals"} <= set(data["passes"][0])
     spans = [(i["first"], i["last"]) for i in data["intervals"]]
     assert spans[0][0] == 0 and spans[-1][1] is None
@@ -203,7 +204,6 @@ def test_wrong_configurations(tmp_path, config):
 def test_wrong_uses_of_a_trace(trace, tmp_path):
     fails("cannot read the trace nowhere.pt2: No such file or directory", "explain", "nowhere.pt2")
     fails("has its own axes and rank", "explain", trace, "--axis", "tp=2")
-    fails("has its own axes and rank", "explain", trace, "--rank", "1")
     fails("require='layers.9'", "explain", trace, "--require", "layers.9")
     fails("cannot write", "explain", trace, "--save-plan", tmp_path / "no" / "plan.json")
     fails("cannot write", "trace", trace, "-o", tmp_path / "no" / "x.pt2")

@@ -178,7 +178,7 @@ CASES: dict[str, list[Op]] = {
         op("12", A.cat.default, [f(*SHAPE), f(2, 4, 8)]),
         op("01", A.cat.default, [f(*SHAPE), f(6, 4, 4), f(6, 4, 2)], -1),
         op("02", A.cat.default, [SAME, SAME], 1),
-        op("", A.cat.default, [f(6, 4), f(0)], 1),  # a legacy empty operand of another rank
+        op("", A.cat.default, [f(4, 6), f(0)], 0),  # a legacy empty operand of another rank
     ],
     "aten.slice_scatter": [
         op("12", A.slice_scatter.default, f(*SHAPE), f(2, 4, 8), 0, 1, 3),

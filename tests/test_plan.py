@@ -178,6 +178,7 @@ def test_no_interval() -> None:
         ({}, {"a": "reduce"}, True),
         ({"a": "S"}, {}, False),
         ({}, {"a": "scatter"}, False),
+        ({}, {"a": "gather"}, False),
         ({}, {"a": "reduce", "b": "scatter+gather"}, False),
     ],
 )

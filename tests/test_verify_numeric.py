@@ -12,15 +12,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.fx as fx
-from simulate import Ranks, fake_rank, trace_ranks
+from simulate import fake_rank, trace_ranks
 
 from cpcompile.axes import axis_of
 from cpcompile.capture import capture
+from cpcompile.exchange import OfflineExchange
+from cpcompile.options import Options
 from cpcompile.passes import verify_numeric
 from cpcompile.passes.materialise import materialise
 from cpcompile.passes.placement_problem import PlacementGraph
 from cpcompile.passes.verify_numeric import check_numerically, tolerance
-from cpcompile.pipeline import Compiled
+from cpcompile.pipeline import Compiled, compile_graph
 from cpcompile.plan import Interval
 
 H = 16
@@ -41,7 +43,9 @@ class Mlp(torch.nn.Module):
         self.embed = torch.nn.Embedding(12, H, dtype=dtype)
         self.norms = torch.nn.ParameterList([torch.nn.Parameter(torch.randn(H, dtype=dtype)) for _ in range(2)])
         self.up = torch.nn.ModuleList([torch.nn.Linear(H, 24 // size, bias=False, dtype=dtype) for _ in range(2)])
-        self.narrow = torch.nn.ModuleList([torch.nn.Linear(24 // size, H // 2, bias=False, dtype=dtype) for _ in range(2)])
+        self.narrow = torch.nn.ModuleList(
+            [torch.nn.Linear(24 // size, H // 2, bias=False, dtype=dtype) for _ in range(2)]
+        )
         self.down = torch.nn.ModuleList([torch.nn.Linear(24 // size, H, bias=False, dtype=dtype) for _ in range(2)])
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,23 +63,16 @@ class Mlp(torch.nn.Module):
 
 @functools.cache
 def compiled(size: int, dtype: torch.dtype = torch.float32, other: bool = False) -> tuple[Compiled, dict[str, bool]]:
-    """Rank 0's outcome of the pipeline, and which placeholders are replicated."""
-    ids = torch.randint(12, (1, 7))
-    traces, axes = [], []
-    for rank in range(size):
-        with fake_rank(rank, size) as mesh:
-            torch.manual_seed(rank)
-            model = Mlp(mesh.get_group(), dist.new_group(list(range(size))) if other else None, size, dtype)
-            torch.manual_seed(0)
-            for parameter in [model.embed.weight, *model.norms]:
-                torch.nn.init.normal_(parameter)
-            traces.append(capture(model, input_ids=ids, use_cache=False))
-            axes.append(axis_of("tp", mesh))
-    return outcome_of(Ranks(traces, axes), 0)
+    """The outcome of the pipeline on rank 0 of ``size``, and which placeholders are replicated."""
+    options = Options.parse({"strategy": "tp", "verify": "off", "replicated": ["embed.*", "norms.*"]})
+    with fake_rank(0, size) as mesh:
+        model = Mlp(mesh.get_group(), dist.new_group(list(range(size))) if other else None, size, dtype)
+        trace = capture(model, input_ids=torch.randint(12, (1, 7)), use_cache=False)
+        axis = axis_of("tp", mesh)
+    return with_facts(compile_graph(trace.gm, trace.inputs, options, lambda _: OfflineExchange(size), [axis]))
 
 
-def outcome_of(ranks: Ranks, rank: int) -> tuple[Compiled, dict[str, bool]]:
-    outcome = ranks.compile(strategy="tp", verify="off")[rank]
+def with_facts(outcome: Compiled) -> tuple[Compiled, dict[str, bool]]:
     assert outcome.rewritten
     names = [n.name for n in outcome.original.graph.find_nodes(op="placeholder")]
     return outcome, {n: f.replicated for n, f in zip(names, outcome.facts["tp"], strict=True)}
@@ -266,10 +263,12 @@ def test_a_comparison_of_zeros_is_no_proof(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_an_original_that_cannot_run_is_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = compiled(2)
-    ids = next(n for n in source_of(outcome[0].at(1000).steps[0].graph).graph.nodes if n.meta["val"].dtype == torch.int64)
+    (ids,) = verify_numeric._vocabulary(source_of(outcome[0].at(1000).steps[0].graph), 2, outcome[1].__getitem__)
     monkeypatch.setattr(verify_numeric, "_vocabulary", lambda *_: {ids: 1000})
     (failure,) = check(outcome, token_counts=[40])
-    assert failure.startswith("T=40: the original graph does not run on random inputs: rank 0: node 'embedding'")
+    assert failure.startswith(
+        "T=40: the original graph fails on random inputs, use verify='static': rank 0: node 'embedding'"
+    )
 
 
 @pytest.mark.parametrize(
@@ -297,11 +296,12 @@ def test_the_float64_form_of_a_grouped_product() -> None:
     graph.output(graph.call_function(aten._grouped_mm.default, (a, b, ends)))
     gm = fx.GraphModule(torch.nn.Module(), graph)
     rows, matrices, ends = torch.randn(12, 16), torch.randn(3, 16, 8), torch.tensor([4, 4, 12], dtype=torch.int32)
-    torch.testing.assert_close(verify_numeric._widened(gm)(rows.double(), matrices.double(), ends).float(), gm(rows, matrices, ends))
+    wide = verify_numeric._widened(gm)(rows.double(), matrices.double(), ends)
+    torch.testing.assert_close(wide.float(), gm(rows, matrices, ends))
 
 
 def test_a_small_deepseek_v3_passes_on_every_rank() -> None:
     config = models.tiny_config("v3", num_attention_heads=4, num_key_value_heads=4)
     ranks = trace_ranks(lambda mesh: models.shard(models.build(config), mesh), 2, torch.randint(96, (1, 6)))
-    for rank in range(2):
-        assert check(outcome_of(ranks, rank), token_counts=[1, 5]) == []
+    for outcome in ranks.compile(strategy="tp", verify="off"):
+        assert check(with_facts(outcome), token_counts=[1, 5]) == []

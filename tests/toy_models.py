@@ -9,14 +9,18 @@ from torch.distributed.tensor import DTensor, Replicate
 HIDDEN, VOCAB = 64, 32
 
 
+def replicated(value: torch.Tensor, mesh: DeviceMesh) -> nn.Parameter:
+    """A DTensor, so that it is known to be the same on every rank; shards here are plain tensors."""
+    return nn.Parameter(DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim))
+
+
 class Block(nn.Module):
     """``x + all_reduce(relu(norm(x) @ up) @ down)``; ``up`` ``[H, 4H/n]`` and ``down`` ``[4H/n, H]`` are shards."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         super().__init__()
         self.group = mesh.get_group()
-        # A DTensor, so that it is known to be the same on every rank; the other weights are not.
-        self.norm = nn.Parameter(DTensor.from_local(torch.ones(HIDDEN), mesh, [Replicate()]))
+        self.norm = replicated(torch.ones(HIDDEN), mesh)
         self.up = nn.Parameter(torch.randn(HIDDEN, 4 * HIDDEN // mesh.size()))
         self.down = nn.Parameter(torch.randn(4 * HIDDEN // mesh.size(), HIDDEN))
 
@@ -30,11 +34,11 @@ class Toy(nn.Module):
 
     def __init__(self, mesh: DeviceMesh, layers: int = 2) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCAB, HIDDEN)
+        self.embed = replicated(torch.randn(VOCAB, HIDDEN), mesh)
         self.layers = nn.Sequential(*(Block(mesh) for _ in range(layers)))
 
     def forward(self, ids: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
-        return self.layers(self.embed(ids)) * scale
+        return self.layers(nn.functional.embedding(ids, self.embed.to_local())) * scale
 
 
 def ids() -> torch.Tensor:

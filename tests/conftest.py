@@ -1,0 +1,149 @@
+"""Traces of real models, shared by the whole session: tracing is what these tests spend their time on."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.fx as fx
+from simulate import Ranks, fake_rank
+
+from cpcompile.axes import axis_of
+from cpcompile.capture import Trace, capture
+from cpcompile.exchange import LocalExchange
+from cpcompile.options import Options
+from cpcompile.passes.describe import module_of
+from cpcompile.pipeline import Compiled, compile_graph, copy_graph
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class TurnTaking:
+    """An exchange of threads of which one works at a time: fake tensors that the ranks share are not for several threads."""
+
+    inner: LocalExchange
+    turn: threading.Lock
+
+    @property
+    def size(self) -> int:
+        return self.inner.size
+
+    @property
+    def rank(self) -> int:
+        return self.inner.rank
+
+    def all_gather(self, obj: object, what: str) -> list[object]:
+        self.turn.release()
+        try:
+            return self.inner.all_gather(obj, what)
+        finally:
+            self.turn.acquire()
+
+
+class SharedRanks(Ranks):
+    """Ranks whose traces share fake tensors: their compilations take turns."""
+
+    def outcomes(self, options: Sequence[dict[str, Any]]) -> list[Compiled | BaseException]:
+        """What compiling with ``options[rank]`` gives or raises on each rank; the ranks really exchange."""
+        ring, turn = LocalExchange.ring(self.size), threading.Lock()
+        results: list[Any] = [None] * self.size
+
+        def work(rank: int) -> None:
+            trace, exchange = self.traces[rank], TurnTaking(ring[rank], turn)
+            gm = fx.GraphModule(trace.gm, copy_graph(trace.gm.graph))
+            with turn:
+                try:
+                    parsed = Options.parse(options[rank])
+                    results[rank] = compile_graph(gm, trace.inputs, parsed, lambda _: exchange, [self.axes[rank]])
+                except BaseException as error:
+                    results[rank] = error
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    def compile(self, **options: Any) -> list[Compiled]:
+        results = self.outcomes([options] * self.size)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return results  # type: ignore[return-value]
+
+
+@dataclass
+class Case:
+    """One model: whole, and as every rank's trace."""
+
+    whole: Any
+    ranks: SharedRanks
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the unsharded model says."""
+        return self.whole(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def make(kind: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """The model of a case. In bfloat16, routing and the indexer's choice are fixed: see ``_fix_choices``."""
+    changes = {} if dtype == torch.float32 or kind == "v3" else {"index_topk": 64}
+    model = models.build(models.tiny_config(kind, **changes), dtype)
+    return model if dtype == torch.float32 else _fix_choices(model)
+
+
+def _fix_choices(model: Any) -> Any:
+    """Let the router's bias alone choose the experts, by margins of 4 over scores in (0, 1).
+
+    A choice between almost equal scores turns on one rounding and changes a token's output wholly, in the compiled and
+    the uncompiled model alike: the two could not be compared. float32 tests choose freely.
+    """
+    for name, buffer in model.named_buffers():
+        if "e_score_correction_bias" in name:
+            buffer.copy_(4.0 * torch.randperm(buffer.numel(), generator=torch.Generator().manual_seed(1)))
+    return model
+
+
+def as_rank(trace: Trace, rank: int, size: int, make_sharded: Callable[[Any], Any]) -> tuple[Trace, Any]:
+    """Rank 0's trace as rank ``rank`` would have made it, and that rank's axis: its own shards and vocabulary rows.
+
+    Ranks' graphs differ in the bounds of their rows of the embedding alone; a test holds this against real traces.
+    """
+    gm = fx.GraphModule(trace.gm, copy_graph(trace.gm.graph))
+    with fake_rank(rank, size) as mesh:
+        model, axis = make_sharded(mesh), axis_of("tp", mesh)
+    state = dict([*model.named_parameters(), *model.named_buffers()])
+    rows = models.TINY["vocab_size"] // size
+    for node in gm.graph.nodes:
+        bounds = (aten.lt.Scalar, aten.ge.Scalar, aten.sub.Tensor)
+        if node.target in bounds and module_of(node) == "model.embed_tokens" and isinstance(node.args[1], int):
+            node.args = (node.args[0], node.args[1] + rank * rows)
+    gm.recompile()
+    values = [replace(i, value=state[i.name]) if i.kind in ("parameter", "buffer") else i for i in trace.inputs]
+    return Trace(gm, values), axis
+
+
+@functools.cache
+def case(kind: str, size: int, batch: int = 1, dtype: torch.dtype = torch.float32) -> Case:
+    """``kind`` ("v3" or "v32") on ``size`` simulated ranks, its batch dim symbolic where it is larger than 1."""
+
+    def make_sharded(mesh: Any) -> Any:
+        return models.shard(make(kind, dtype), mesh)
+
+    with fake_rank(0, size) as mesh:
+        first = capture(make_sharded(mesh), input_ids=torch.zeros((batch, 10), dtype=torch.long), use_cache=False)
+    every = [as_rank(first, rank, size, make_sharded) for rank in range(size)]
+    return Case(make(kind, dtype), SharedRanks([trace for trace, _ in every], [axis for _, axis in every]))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
