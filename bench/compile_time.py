@@ -105,11 +105,11 @@ def main() -> int:
             process.join()
             rows.append(row)
             print(
-                f"| {row['model']} | {layers} | {row['nodes']} | {row['dynamo_s'] + row['aot_s']:.1f} | {row['passes_s']:.1f} "
+                f"| {row['model']} | {layers} | {row['nodes']} | {row['dynamo_s'] + row['aot_s']:.1f} "
+                f"| {row['passes_s']:.1f} "
                 f"| {row['ratio']:.2f} | {row['passes_us_per_node']:.0f} | {row['graphs']} | {row['peak_gib']:.2f} |",
                 flush=True,
             )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
     return 0 if all(row["proofs_hold"] for row in rows) else 1
-

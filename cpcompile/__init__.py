@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cpcompile.errors import CpcompileError
-    from cpcompile.explain import explain
+    from cpcompile.explanation import explain
     from cpcompile.options import Options
     from cpcompile.plan import Plan
 
@@ -17,7 +17,7 @@ _HOMES = {
     "CpcompileError": "cpcompile.errors",
     "Options": "cpcompile.options",
     "Plan": "cpcompile.plan",
-    "explain": "cpcompile.explain",
+    "explain": "cpcompile.explanation",
 }
 __all__ = ["CpcompileError", "Options", "Plan", "explain"]
 

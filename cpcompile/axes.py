@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from cpcompile.errors import AxisError
 
@@ -38,6 +38,12 @@ class Axis:
         return group_name == self.group_name or group_name in self.aliases
 
 
+def resolve_group(name: str) -> dist.ProcessGroup:
+    """The process group that functional collectives call ``name``."""
+    group: dist.ProcessGroup = c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
+    return group
+
+
 def axis_of(name: str, group: object) -> Axis:
     """The axis called ``name`` over ``group``: a ``ProcessGroup``, a one-dimensional ``DeviceMesh``, or a group's name.
 
@@ -46,19 +52,27 @@ def axis_of(name: str, group: object) -> Axis:
     """
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
-            raise AxisError(f"axis {name!r}: the mesh has dims {group.mesh_dim_names}; give one of them: mesh[{name!r}]")
+            raise AxisError(
+                f"axis {name!r}: the mesh has dims {group.mesh_dim_names}; give one of them: mesh[{name!r}]"
+            )
         group = group.get_group()
     if isinstance(group, str):
         try:
-            group = _resolve_process_group(group)  # type: ignore[arg-type]
+            group = resolve_group(group)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise AxisError(f"axis {name!r}: no process group is called {group!r}; give the ProcessGroup itself") from error
+            raise AxisError(
+                f"axis {name!r}: no process group is called {group!r}; give the ProcessGroup itself"
+            ) from error
     if not isinstance(group, dist.ProcessGroup):
-        raise AxisError(f"axis {name!r} is {type(group).__name__}: give a ProcessGroup, a DeviceMesh of one dim, or a name")
+        raise AxisError(
+            f"axis {name!r} is {type(group).__name__}: give a ProcessGroup, a DeviceMesh of one dim, or a name"
+        )
     ranks = tuple(dist.get_process_group_ranks(group))
     rank = dist.get_rank()
     if rank not in ranks:
-        raise AxisError(f"axis {name!r}: rank {rank} is not in its group {list(ranks)}; give the group that this rank is in")
+        raise AxisError(
+            f"axis {name!r}: rank {rank} is not in its group {list(ranks)}; give the group that this rank is in"
+        )
     return Axis(name, group.group_name, len(ranks), ranks.index(rank), ranks)
 
 
@@ -78,7 +92,9 @@ def find_axes(group_names: Iterable[str], given: Mapping[str, Any], meshes: Iter
         for index, axis in enumerate(axes):
             twin = next((a for a in axes[:index] if a.ranks == axis.ranks), None)
             if twin is not None:
-                raise AxisError(f"axes {twin.name!r} and {axis.name!r} have the same ranks {list(axis.ranks)}: give one")
+                raise AxisError(
+                    f"axes {twin.name!r} and {axis.name!r} have the same ranks {list(axis.ranks)}: give one"
+                )
         return axes
     axes = []
     for group_name in dict.fromkeys(group_names):

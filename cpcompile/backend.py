@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._logging
 import torch.fx as fx
 from functorch.compile import make_boxed_func
+from torch._logging._internal import trace_structured
 
-from cpcompile.axes import Axis
+from cpcompile.axes import Axis, resolve_group
 from cpcompile.capture import lower_inference, unknown_inputs
 from cpcompile.exchange import Exchange, GroupExchange, OfflineExchange
 from cpcompile.graph_inputs import GraphInput, describe_inputs
@@ -55,7 +55,9 @@ def cpcompile_backend(
     def inference(aot: fx.GraphModule, aot_inputs: Sequence[Any]) -> BoxedCallable:
         known = inputs
         if len(known) != len(aot.graph.find_nodes(op="placeholder")):
-            log.warning("cpcompile: the graph's inputs cannot be matched with the model's: only declared inputs count as replicated")
+            log.warning(
+                "cpcompile: the graph's inputs cannot be matched with the model's: only declared ones are replicated"
+            )
             known = unknown_inputs(aot)
         return _compile_inference(aot, aot_inputs, known, parsed)
 
@@ -73,7 +75,7 @@ def _refuse_training(aot: fx.GraphModule, _: Sequence[Any]) -> Any:
 
 def exchange_for(axis: Axis, timeout_s: float) -> Exchange:
     """How to reach the other ranks of ``axis``: not at all in a fake process group, which is one process."""
-    group = torch.distributed.distributed_c10d._resolve_process_group(axis.group_name)  # type: ignore[arg-type]
+    group = resolve_group(axis.group_name)
     if torch.distributed.get_backend(group) == "fake":
         return OfflineExchange(axis.size, axis.rank)
     return GroupExchange(group, timeout_s)
@@ -113,7 +115,12 @@ def _static_tokens(compiled: Compiled) -> int:
 def _guard(compiled: Compiled, inputs: Sequence[GraphInput]) -> tuple[ParameterGuard, list[int]]:
     """Watches the parameters whose replication rests on a fingerprint, at their places among the inputs."""
     places = sorted(
-        {i for facts in compiled.facts.values() for i, fact in enumerate(facts) if fact.source == "fingerprint" and fact.replicated}
+        {
+            i
+            for facts in compiled.facts.values()
+            for i, fact in enumerate(facts)
+            if fact.source == "fingerprint" and fact.replicated
+        }
         if compiled.rewritten
         else set()
     )
@@ -136,7 +143,7 @@ def _tell(compiled: Compiled, options: Options) -> None:
     for axis, reason in compiled.refused.items():
         log.warning("cpcompile: axis %s is left alone: %s", axis, reason)
     payload = {str(first): report.to_dict() for first, report in reports.items()}
-    torch._logging.trace_structured(
+    trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": "cpcompile_report", "encoding": "json"},
         payload_fn=lambda: json.dumps(payload),

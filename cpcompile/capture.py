@@ -95,9 +95,12 @@ def capture(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Trace:
 
 
 def unknown_inputs(gm: fx.GraphModule) -> list[GraphInput]:
-    """Inputs by the graph's own names, where AOTAutograd's cannot be matched with dynamo's: nothing is known of them."""
+    """Inputs by the graph's own names, for graphs whose inputs cannot be matched with dynamo's."""
     nodes = gm.graph.find_nodes(op="placeholder")
-    return [GraphInput(n.name, n.meta.get("val"), "input" if isinstance(n.meta.get("val"), torch.Tensor) else "other") for n in nodes]
+    return [
+        GraphInput(n.name, n.meta.get("val"), "input" if isinstance(n.meta.get("val"), torch.Tensor) else "other")
+        for n in nodes
+    ]
 
 
 def _mark_tokens(values: Sequence[Any]) -> None:

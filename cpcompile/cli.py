@@ -48,7 +48,10 @@ class Verify(str, Enum):
     off = "off"
 
 
-_TARGET = "file.py:function or package.module:function that returns (model, args[, kwargs]); a directory with config.json; a trace"
+_TARGET = (
+    "file.py:function or package.module:function that returns (model, args) or (model, args, kwargs); "
+    "a directory with config.json; a saved trace"
+)
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help=_TARGET, show_default=False)]
 AxisOption = Annotated[
     list[str], typer.Option("--axis", metavar="NAME=SIZE", help="A mesh axis, such as tp=16. Repeat for more.")

@@ -39,7 +39,7 @@ class HardwareProfile:
     source: str
 
     def seconds_per_byte(self, size: int) -> float:
-        """Seconds per byte of the full value in a reduce-scatter or all-gather over ``size`` ranks; all-reduces take two.
+        """Seconds per byte of the full value in a reduce-scatter or all-gather; an all-reduce takes two.
 
         On the wire, and read and written once in memory: packing, padding and unpacking are copies.
         """

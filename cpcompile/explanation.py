@@ -57,12 +57,13 @@ class Explanation:
     def __rich__(self) -> RenderableType:
         """The explanation for a rich console."""
         data = self.to_dict()
-        parts = [
+        return Group(
             _collectives(self.report),
             _volume(data["volume"], self.report.tokens),
             _interval_table(self._intervals),
-        ]
-        return Group(*parts, _passes(self.report), *_summary(data))
+            _passes(self.report),
+            *_summary(data),
+        )
 
 
 def explain(

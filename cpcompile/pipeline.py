@@ -1,4 +1,4 @@
-"""The pipeline: canonicalise, annotate, place, materialise and verify a captured graph, for every axis and interval of T.
+"""The pipeline: canonicalise, annotate, place, materialise and verify a graph, for every axis and interval of T.
 
 Decisions are functions of what all ranks share: one exchange establishes the facts, one compares the outcome, and if
 any rank could not rewrite or prove its graph, every rank runs the graph as it came.
@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,10 +120,10 @@ class Runner:
     def __init__(self) -> None:
         self.runs: list[PassRun] = []
 
-    def run(self, name: str, work: Callable[[], Any]) -> Any:
+    def run(self, name: str, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``work`` and note its time; a :class:`PassResult` tells rewrites and refusals."""
         began = time.perf_counter()
-        result = work()
+        result = work(*args, **kwargs)
         refusals = tuple((r.node, r.reason) for r in getattr(result, "refusals", ()))
         self.runs.append(PassRun(name, time.perf_counter() - began, getattr(result, "rewrites", 0), refusals))
         return result
@@ -150,10 +151,14 @@ def compile_graph(
     """
     runner = Runner()
     original = fx.GraphModule(gm, copy_graph(gm.graph))
-    runner.run("canonicalise", lambda: Canonicalise()(gm))
+    runner.run("canonicalise", Canonicalise(), gm)
     result = Compiled(original, [Variant(0, None, original)], Plan(), passes=runner.runs)
     reduced = find_all_reduces(gm)
-    result.axes = list(axes) if axes is not None else find_axes((ar.group_name for ar in reduced), options.axes, meshes_of(inputs))
+    result.axes = (
+        list(axes)
+        if axes is not None
+        else find_axes((ar.group_name for ar in reduced), options.axes, meshes_of(inputs))
+    )
     _check_axes(result.axes, {ar.group_name for ar in reduced}, options)
     if options.strategy == "off" or options.deterministic or not result.axes:
         why = _why_nothing(options)
@@ -175,7 +180,9 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 def _why_nothing(options: Options) -> str:
     if options.strategy == "off":
         return "strategy='off'"
-    return "deterministic=True keeps every reduction order" if options.deterministic else "no collective of a known group"
+    return (
+        "deterministic=True keeps every reduction order" if options.deterministic else "no collective of a known group"
+    )
 
 
 def _kept(name: str, group: str, reason: str) -> Collective:
@@ -207,7 +214,9 @@ def _rewrite(
     exchanges = {axis: exchange_for(axis) for axis in result.axes}
     try:
         for axis in result.axes:
-            variants, axis_plans = _rewrite_axis(variants, axis, inputs, options, exchanges[axis], hardware, saved, result, runner)
+            variants, axis_plans = _rewrite_axis(
+                variants, axis, inputs, options, exchanges[axis], hardware, saved, result, runner
+            )
             plans += axis_plans
     except CpcompileError:
         raise
@@ -257,12 +266,9 @@ def _rewrite_axis(
     found: list[Variant] = []
     plans = []
     for variant in variants:
-        names = unique_names(inputs)
+        names, values, kinds = unique_names(inputs), [i.value for i in inputs], [i.kind for i in inputs]
         facts = runner.run(
-            "facts",
-            lambda gm=variant.gm, names=names: exchange_facts(
-                gm, names, [i.value for i in inputs], [i.kind for i in inputs], axis, exchange, declared=options.replicated
-            ),
+            "facts", exchange_facts, variant.gm, names, values, kinds, axis, exchange, declared=options.replicated
         )
         result.facts[axis.name] = facts.inputs
         placeholders = [n.name for n in variant.gm.graph.find_nodes(op="placeholder")]
@@ -271,7 +277,7 @@ def _rewrite_axis(
             p: f.replicated or not isinstance(i.value, torch.Tensor)
             for p, f, i in zip(placeholders, facts.inputs, inputs, strict=True)
         }
-        known: Annotation = runner.run("annotate", lambda gm=variant.gm, f=facts, s=same: annotate(gm, axis, s, f.rank_dependent))
+        known: Annotation = runner.run("annotate", annotate, variant.gm, axis, same, facts.rank_dependent)
         reason = _unplaceable(known)
         if reason:
             result.refused[axis.name] = reason
@@ -279,12 +285,12 @@ def _rewrite_axis(
             found.append(variant)
             continue
         result.tokens = known.tokens
-        graph = runner.run("problem", lambda k=known: build(k, hardware))
+        graph = runner.run("problem", build, known, hardware)
         fingerprint = structure_fingerprint(variant.gm)
         if saved is not None:
             plan = _saved_plan(saved, axis, fingerprint)
         else:
-            plan = runner.run("place", lambda g=graph, f=fingerprint: place(g, hardware, options.strategy, f))
+            plan = runner.run("place", place, graph, hardware, options.strategy, fingerprint)
         plans.append(plan)
         for interval in plan.intervals:
             made = _materialise(variant, interval, graph, same, options, result, runner)
@@ -316,18 +322,16 @@ def _materialise(
         return None
     if interval.unchanged:
         return replace(variant, first=first, last=last, steps=[*variant.steps, Step(graph, interval, [])])
-    gm = runner.run("materialise", lambda: materialise(variant.gm, graph, interval))
+    gm = runner.run("materialise", materialise, variant.gm, graph, interval)
     known = graph.known
     if options.verify != "off":
-        proof = runner.run("verify-static", lambda: prove(variant.gm, gm, known.axis, known.tokens, replicated.__getitem__))
+        proof = runner.run("verify-static", prove, variant.gm, gm, known.axis, known.tokens, replicated.__getitem__)
         result.proofs.append(
             {"axis": known.axis.name, "first": first, "last": last, "holds": proof.holds,
              "method": "static", "failures": [f"{f.node}: {f.message}" for f in proof.failures]}
         )  # fmt: skip
     if options.verify == "numeric":
-        failures = runner.run(
-            "verify-numeric", lambda: check_numerically(variant.gm, graph, interval, replicated.__getitem__)
-        )
+        failures = runner.run("verify-numeric", check_numerically, variant.gm, graph, interval, replicated.__getitem__)
         result.proofs.append(
             {"axis": known.axis.name, "first": first, "last": last, "holds": not failures, "method": "numeric",
              "failures": failures}
@@ -342,7 +346,9 @@ def _saved_plan(saved: Plan, axis: Axis, fingerprint: str) -> AxisPlan:
     for plan in plans:
         if plan.graph == fingerprint:
             if plan.size != axis.size:
-                raise PlanError(f"the plan is for {plan.size} ranks and axis {axis.name!r} has {axis.size}: make a new plan")
+                raise PlanError(
+                    f"the plan is for {plan.size} ranks and axis {axis.name!r} has {axis.size}: make a new plan"
+                )
             return plan
     raise PlanError(f"the plan is of another graph ({plans[0].graph}, this one is {fingerprint}): make a new plan")
 
@@ -356,7 +362,7 @@ def _require(result: Compiled, options: Options, variants: Sequence[Variant]) ->
         missing &= set(Report(tokens, collectives=rows).missing(options.require))
     if missing:
         raise RequirementError(
-            f"require={min(missing)!r}: no rewritten all-reduce or module of that name; `cpcompile explain` lists each with its reason"
+            f"require={min(missing)!r}: nothing of that name was rewritten; `cpcompile explain` gives the reason"
         )
 
 
@@ -387,9 +393,13 @@ def token_reader(gm: fx.GraphModule, tokens: Expr | None) -> Callable[[Sequence[
     for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt) and value.node.expr == tokens:
-            return lambda args, i=index: int(args[i])
+            return partial(_size, index, None)
         if isinstance(value, torch.Tensor):
             for dim, size in enumerate(value.shape):
                 if size_expr(size) == tokens:
-                    return lambda args, i=index, d=dim: int(args[i].shape[d])
+                    return partial(_size, index, dim)
     return None
+
+
+def _size(index: int, dim: int | None, args: Sequence[Any]) -> int:
+    return int(args[index] if dim is None else args[index].shape[dim])

@@ -101,9 +101,8 @@ def load_trace(path: str | Path) -> SavedTrace:
         return _assemble(header, gm)
     except Exception as error:  # a pickle can fail in any way
         made = f"made with cpcompile {header.get('cpcompile')} and torch {header.get('torch')}"
-        raise TraceError(
-            f"{path}: the graph cannot be read ({type(error).__name__}: {_first_line(error)}); it was {made}: trace again"
-        ) from error
+        why = f"{type(error).__name__}: {_first_line(error)}"
+        raise TraceError(f"{path}: the graph cannot be read ({why}); it was {made}: trace again") from error
 
 
 def _facts(trace: Trace, axis: Axis, replicated: Sequence[str]) -> list[InputFact]:

@@ -23,7 +23,7 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> BoxedCallable:
     for index, node in enumerate(placeholders):
         assert index in used or not node.users, f"{node} is no tensor and is used"
     inner = fx.GraphModule(gm, _without(gm, {n for i, n in enumerate(placeholders) if i not in used}))
-    compiled = compile_fx(inner, [example_inputs[i] for i in used])
+    compiled: Any = compile_fx(inner, [example_inputs[i] for i in used])
 
     def boxed(args: list[Any]) -> Any:
         mine = [args[i] for i in used]

@@ -92,7 +92,11 @@ def _quotient(problem: Problem, colours: list[int]) -> Problem:
         if (colour, position) not in number:
             number[colour, position] = len(values)
             n = members[colour]
-            values.append(ValueChoice(colour, *(None if c is None else c * n for c in (value.scatter, value.gather, value.reduce))))
+            values.append(
+                ValueChoice(
+                    colour, *(None if c is None else c * n for c in (value.scatter, value.gather, value.reduce))
+                )
+            )
         place[index] = number[colour, position]
     uses = dict.fromkeys(Use(place[u.value], None if u.op is None else colours[u.op], u.demand) for u in problem.uses)
     return Problem(ops, values, list(uses))

@@ -73,12 +73,36 @@ def _all_reduce(
     if node not in graph.number:
         outcome = graph.known.classes.get(node)
         reason = outcome.reason if isinstance(outcome, Mixing) else "it carries no tokens"
-        return Collective(node.name, "all_reduce", axis, module, "keep", "all_reduce", before, before, before_expr, before_expr, reason)
+        return Collective(
+            node.name,
+            "all_reduce",
+            axis,
+            module,
+            "keep",
+            "all_reduce",
+            before,
+            before,
+            before_expr,
+            before_expr,
+            reason,
+        )
     target = _summed_into(graph, node, interval) if not route else None
     if target is not None:
         decision = "merge" if len(_addends(graph, target, interval)) > 1 else "sink"
         reason = f"the sum over the ranks is taken once, of {target.name}"
-        return Collective(node.name, "all_reduce", axis, module, decision, f"part of {target.name}", before, 0, before_expr, "0", reason)
+        return Collective(
+            node.name,
+            "all_reduce",
+            axis,
+            module,
+            decision,
+            f"part of {target.name}",
+            before,
+            0,
+            before_expr,
+            "0",
+            reason,
+        )
     decision, becomes = _BECOMES[route]
     after, after_expr = _elements(graph, node, _STEPS[route], tokens)
     reason = _why_scattered(graph, node, interval) if decision == "scatter" else _why_kept(interval, route)
@@ -90,13 +114,14 @@ def _all_reduce(
 def _why_kept(interval: Interval, route: str) -> str:
     if not route:
         return "its result is not used"
-    return f"one all-reduce is cheaper here than any placement with shards (T = {interval.at}: {interval.cost_s * 1e3:.3g} ms in all)"
+    return f"one all-reduce is cheaper here than shards (T = {interval.at}, {interval.cost_s * 1e3:.3g} ms in all)"
 
 
 def _why_scattered(graph: PlacementGraph, node: fx.Node, interval: Interval) -> str:
     users = [c for v, c, _ in graph.uses if v is node and c is not None]
     local = [graph.choices[c].node for c in users if interval.labels.get(graph.choices[c].node.name) == "S"]
-    return f"its readers are row-wise and run on 1/{graph.known.axis.size} of the rows: {', '.join(n.name for n in local[:3])}"
+    names = ", ".join(n.name for n in local[:3])
+    return f"its readers are row-wise and run on 1/{graph.known.axis.size} of the rows: {names}"
 
 
 def _raised(graph: PlacementGraph, node: fx.Node, route: str, tokens: int, fused: int | None) -> Collective:
@@ -105,8 +130,16 @@ def _raised(graph: PlacementGraph, node: fx.Node, route: str, tokens: int, fused
     decision = {"gather": "gather", "reduce": "keep"}.get(route, "scatter")
     becomes = {"gather": "all_gather", "reduce": "all_reduce"}.get(route, _BECOMES.get(route, ("", ""))[1])
     whole = [f"{consumer.name}: {why}" for consumer, why in graph.consumers.get(node, [])]
-    reason = f"needed whole by {'; '.join(whole[:2])}" if whole else "its readers run on shards" if decision == "scatter" else "its readers run whole"
-    return Collective(node.name, kind, graph.known.axis.name, module_of(node), decision, becomes, 0, after, "0", expr, reason, fused)
+    reason = (
+        f"needed whole by {'; '.join(whole[:2])}"
+        if whole
+        else "its readers run on shards"
+        if decision == "scatter"
+        else "its readers run whole"
+    )
+    return Collective(
+        node.name, kind, graph.known.axis.name, module_of(node), decision, becomes, 0, after, "0", expr, reason, fused
+    )
 
 
 def _readers(graph: PlacementGraph, node: fx.Node) -> list[fx.Node]:
@@ -124,6 +157,8 @@ def _summed_into(graph: PlacementGraph, node: fx.Node, interval: Interval) -> fx
 
 
 def _addends(graph: PlacementGraph, target: fx.Node, interval: Interval) -> list[fx.Node]:
-    return [w for w in graph.known.all_reduces if w in graph.number and w is not target and _summed_into(graph, w, interval) is target]
-
-
+    return [
+        w
+        for w in graph.known.all_reduces
+        if w in graph.number and w is not target and _summed_into(graph, w, interval) is target
+    ]

@@ -130,7 +130,10 @@ class _Builder:
             return nodes
         index = {n: i for i, n in enumerate(nodes)}
         last = 1 + max(self.depth.values(), default=0)
-        return sorted(nodes, key=lambda n: (-1 if n.op == "placeholder" else last if n.op == "output" else self.depth[n], index[n]))
+        return sorted(
+            nodes,
+            key=lambda n: (-1 if n.op == "placeholder" else last if n.op == "output" else self.depth[n], index[n]),
+        )
 
     def _gather_groups(self) -> dict[fx.Node, list[fx.Node]]:
         """Values that are gathered together: same depth, same dtype, same leading dims."""
@@ -212,7 +215,8 @@ class _Builder:
             assert layouts[0] is not None
             return self.emitter.local_fake(value, layouts[0])
         return type(value)(
-            self.emitter.local_fake(v, layout) if layout is not None else v for v, layout in zip(value, layouts, strict=True)
+            self.emitter.local_fake(v, layout) if layout is not None else v
+            for v, layout in zip(value, layouts, strict=True)
         )
 
     def get(self, node: fx.Node, level: str, layout: TokenDim | None) -> fx.Node:

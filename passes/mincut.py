@@ -276,7 +276,8 @@ def solve_milp(problem: Problem, time_limit: float = 20.0) -> Solution:
     )
     dual = result.get("mip_dual_bound")
     bound = 0 if dual is None else max(0, int(np.floor(dual * scale + constant)))
-    labels, exact = (), None
+    labels: tuple[int, ...] = ()
+    exact = None
     if result.x is not None:
         labels = _labels(problem, {node for node, column in index.items() if result.x[column] > 0.5})
         exact = cost_of(problem, labels)

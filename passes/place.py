@@ -7,11 +7,11 @@ for efficient record segmentation in large shared databases", 1976): the interva
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from cpcompile.costs import PICOSECONDS, HardwareProfile
-from cpcompile.plan import AxisPlan, Interval
 from cpcompile.passes.cluster import lower_bound, solve_clustered
 from cpcompile.passes.mincut import (
     LABELS,
@@ -27,6 +27,7 @@ from cpcompile.passes.mincut import (
     solve,
 )
 from cpcompile.passes.placement_problem import PlacementGraph, Polynomial, evaluate, latency_free
+from cpcompile.plan import AxisPlan, Interval
 
 MANY_TOKENS = 1 << 20
 LARGE_STEP = 1 << 16
@@ -59,7 +60,7 @@ def place(graph: PlacementGraph, hardware: HardwareProfile, strategy: str, finge
     if strategy == "tp":
         free = latency_free(hardware)
         best = _optimum(graph, free, static or LARGE_STEP)
-        pieces = [(0, None, best)]
+        pieces: list[tuple[int, int | None, Candidate]] = [(0, None, best)]
         hardware = free
     elif static is not None:
         pieces = [(0, None, _optimum(graph, hardware, static))]
@@ -82,7 +83,7 @@ def _optimum(graph: PlacementGraph, hardware: HardwareProfile, tokens: int) -> C
 
 
 def _solve(problem: Problem) -> Solution:
-    """The minimum cut where it is exact, the integer programme where it is not; by kinds of layers where that is large."""
+    """The minimum cut where it is exact, else the integer programme; by kinds of layers where that is large."""
     small = is_exact(problem) or len(problem.ops) <= MANY_CHOICES
     return solve(problem) if small else solve_clustered(problem)
 
@@ -178,7 +179,7 @@ def _envelope(candidates: list[Candidate]) -> list[tuple[int, int | None, Candid
     """Neighbouring candidates meet where their costs cross; equal labellings become one piece."""
     pieces: list[tuple[int, int | None, Candidate]] = []
     first = 0
-    for a, b in zip(candidates, candidates[1:], strict=False):
+    for a, b in itertools.pairwise(candidates):
         if a.solution.labels == b.solution.labels and a.raises == b.raises:
             continue
         last = _crossing(a.seconds, b.seconds, a.at, b.at)

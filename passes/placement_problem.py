@@ -24,8 +24,8 @@ from cpcompile.passes.token_layout import Expr, TokenDim, product
 # Same elements, other shape: free at any placement. A slice over all tokens counts too.
 VIEWS = frozenset(
     f"aten.{n}"
-    for n in ("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "alias", "detach")
-)  # fmt: skip
+    for n in ("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze")
+)
 _PRODUCTS = frozenset({"aten.mm", "aten.bmm", "aten.linear", "aten.addmm"})
 # Divided by itself or taken from a scalar, a sum of partial values is no partial value of the result.
 _NUMERATOR_ONLY = frozenset({"aten.div"})
@@ -88,14 +88,17 @@ class PlacementGraph:
             at_p = 0 if choice.reduced else whole + CARRYING_PARTS if choice.partial else None
             # All tokens of the other operands are there for a shard's rows: the cost per row does not change.
             ops.append(OpChoice(choice.node.name, (at_p, None, None) if choice.reduced else (at_p, shard, whole)))
-        values, index = [], {}
+        values: list[ValueChoice] = []
+        index: dict[fx.Node, int] = {}
         for node, (number, per_token) in self.values.items():
             index[node] = len(values)
             whole_bytes = evaluate(per_token, tokens) * tokens
             padded_bytes = evaluate(per_token, tokens) * local * size
             half = _picoseconds(hardware.latency) + _picoseconds(padded_bytes * hardware.seconds_per_byte(size))
             # Twice the rounded half, not a rounding of its own: where they are equal the cut is exact.
-            reduce = _picoseconds(hardware.all_reduce_latency) + 2 * _picoseconds(whole_bytes * hardware.seconds_per_byte(size))
+            reduce = _picoseconds(hardware.all_reduce_latency) + 2 * _picoseconds(
+                whole_bytes * hardware.seconds_per_byte(size)
+            )
             can_reduce = self.choices[number].reduced or self.choices[number].partial
             values.append(ValueChoice(number, half if can_reduce else None, half, reduce if can_reduce else None))
         return Problem(ops, values, [Use(index[v], c, d) for v, c, d in self.uses])
@@ -111,7 +114,7 @@ def evaluate(polynomial: Polynomial, tokens: int) -> float:
 
 
 def polynomial_in(expr: Expr, tokens: Expr, hint: Callable[[sympy.Symbol], int]) -> Polynomial:
-    """Coefficients of ``expr`` in T; other symbols take their hints, and what is no polynomial its value at the hint."""
+    """Coefficients of ``expr`` in T; other symbols take their hints, and non-polynomials their value there."""
     others = {s: hint(s) for s in expr.free_symbols if s != tokens}
     expr = expr.subs(others) if others else expr
     if expr.is_number:
@@ -138,7 +141,9 @@ def build(known: Annotation, hardware: HardwareProfile) -> PlacementGraph:
     return graph
 
 
-def _add_choice(graph: PlacementGraph, node: fx.Node, costs: _Costs, *, reduced: bool = False, partial: bool = False) -> int:
+def _add_choice(
+    graph: PlacementGraph, node: fx.Node, costs: _Costs, *, reduced: bool = False, partial: bool = False
+) -> int:
     number = len(graph.choices)
     graph.choices.append(Choice(node, (0.0,) if reduced else costs.seconds(node), partial, reduced))
     graph.number[node] = number
@@ -172,7 +177,7 @@ def _add_row_wise(graph: PlacementGraph, node: fx.Node, outcome: RowWise, costs:
 
 
 def _may_be_partial(graph: PlacementGraph, node: fx.Node, placed: list[fx.Node]) -> bool:
-    """Whether ``node`` maps partial sums to partial sums: linear, with constants for everything that is no partial sum."""
+    """Whether ``node`` maps partial sums to partial sums: linear, with constants for all else."""
     rule = find_rule(node)
     linear = rule.linear if rule is not None else ""
     partial = [n for n in placed if _origin_choice(graph, n).partial or _origin_choice(graph, n).reduced]
@@ -255,11 +260,19 @@ class _Costs:
         carried = [n for n, d in outcome.operands.items() if isinstance(d, TokenDim)]
         moved: Expr = sympy.Integer(0)
         flops: Expr = sympy.Integer(0)
-        if op_name(node.target) not in VIEWS | {"aten.slice", "aten.select", "aten.split", "aten.split_with_sizes", "aten.chunk"}:
+        if op_name(node.target) not in VIEWS | {
+            "aten.slice",
+            "aten.select",
+            "aten.split",
+            "aten.split_with_sizes",
+            "aten.chunk",
+        }:
             # An elementwise op is taken to be fused with its producer: it costs what it writes.
             for operand in [*carried, node] if op_name(node.target) in _PRODUCTS else [node]:
                 value = operand.meta["val"]
-                for shape, tensor in zip(self.known.shapes[operand], value if isinstance(value, list | tuple) else [value], strict=True):
+                for shape, tensor in zip(
+                    self.known.shapes[operand], value if isinstance(value, list | tuple) else [value], strict=True
+                ):
                     if isinstance(tensor, torch.Tensor):
                         moved += product(shape) * tensor.element_size()
         if op_name(node.target) in _PRODUCTS:

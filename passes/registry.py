@@ -60,7 +60,8 @@ def parse_passes(text: str) -> list[GraphPass]:
     Raises:
         OptionError: the text is not of this form, or names something unknown.
     """
-    passes, at = [], 0
+    passes: list[GraphPass] = []
+    at = 0
     while at < len(text) or not passes:
         match = _ITEM.match(text, at)
         if match is None or (match[3] and match.end() == len(text)):

@@ -73,7 +73,9 @@ class ShardEmitter:
         if expr.is_number:
             return int(expr)
         if expr not in self._sizes:
-            bindings = {s: fx.Proxy(self._symbol(s), fx.proxy.GraphAppendingTracer(self.graph)) for s in expr.free_symbols}
+            bindings = {
+                s: fx.Proxy(self._symbol(s), fx.proxy.GraphAppendingTracer(self.graph)) for s in expr.free_symbols
+            }
             first = len(self.graph.nodes)
             result = sympy_interp(PythonReferenceAnalysis, bindings, expr).node
             for node in list(self.graph.nodes)[first:]:
@@ -137,7 +139,9 @@ class ShardEmitter:
         sizes[layout.dim] = local
         return self.fake(tuple(sizes), value, strides)
 
-    def call(self, target: Callable[..., Any], args: tuple[Any, ...], like: torch.Tensor, shape: Shape, **kwargs: Any) -> fx.Node:
+    def call(
+        self, target: Callable[..., Any], args: tuple[Any, ...], like: torch.Tensor, shape: Shape, **kwargs: Any
+    ) -> fx.Node:
         """Append a call whose result is a row-major tensor of ``shape``."""
         node = self.graph.call_function(target, args, kwargs)
         node.meta.update(self.meta)
@@ -151,6 +155,7 @@ class ShardEmitter:
         return self.call(aten.view.default, (node, [self.size(s) for s in new]), like, new)
 
     def contiguous(self, node: fx.Node, like: torch.Tensor, shape: Shape) -> fx.Node:
+        """``node`` in row-major memory."""
         return self.call(aten.clone.default, (node,), like, shape, memory_format=torch.contiguous_format)
 
     def _rows(self, shape: Shape, layout: TokenDim) -> tuple[Expr, Expr]:
@@ -188,7 +193,9 @@ class ShardEmitter:
             node = self.reshape(node, like, (pre, self.padded, post), (self.padded, post))
         else:
             node = self._swap(node, like, (pre, sympy.Integer(size), self.local, post))
-            node = self.reshape(node, like, (sympy.Integer(size), pre, self.local, post), (pre * size, self.local, post))
+            node = self.reshape(
+                node, like, (sympy.Integer(size), pre, self.local, post), (pre * size, self.local, post)
+            )
         mine = (self.local, post) if pre == ONE else (pre, self.local, post)
         node = self.call(c10d.reduce_scatter_tensor.default, (node, "sum", size, self.axis.group_name), like, mine)
         node = self.call(c10d.wait_tensor.default, (node,), like, mine)
@@ -232,7 +239,9 @@ class ShardEmitter:
         if pre == ONE:
             node = self.reshape(node, like, (pre, self.local, width), (self.local, width))
         gathered = (self.padded, width) if pre == ONE else (pre * size, self.local, width)
-        node = self.call(c10d.all_gather_into_tensor.default, (node, self.axis.size, self.axis.group_name), like, gathered)
+        node = self.call(
+            c10d.all_gather_into_tensor.default, (node, self.axis.size, self.axis.group_name), like, gathered
+        )
         node = self.call(c10d.wait_tensor.default, (node,), like, gathered)
         if pre != ONE:
             node = self._swap(node, like, (size, pre, self.local, width))

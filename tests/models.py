@@ -31,7 +31,7 @@ TINY_INDEXER = {"index_n_heads": 4, "index_head_dim": 16, "index_topk": 6}
 
 
 def tiny_config(kind: str, layers: int = 2, **changes: Any) -> Any:
-    """A tiny V3 (``"v3"``) or V3.2 (``"v32"``) configuration whose first layer is dense; all sizes divide by 2, 3, 4 and 8."""
+    """A tiny V3 (``"v3"``) or V3.2 (``"v32"``) configuration, first layer dense; sizes divide by 2, 3, 4 and 8."""
     fields = {**TINY, "num_hidden_layers": layers, **changes}
     if kind == "v3":
         return DeepseekV3Config(first_k_dense_replace=1, **fields)

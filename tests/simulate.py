@@ -1,4 +1,4 @@
-"""n simulated ranks in one process: real models sharded over a fake process group, traced, compiled, run in lockstep."""
+"""n simulated ranks in one process: real models on a fake process group, traced, compiled, run in lockstep."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ class Ranks:
             trace, axis = self.traces[rank], self.axes[rank]
             gm = torch.fx.GraphModule(trace.gm, _copy(trace.gm))
             try:
-                results[rank] = compile_graph(gm, trace.inputs, Options.parse(options), lambda _: exchanges[rank], [axis])
+                results[rank] = compile_graph(
+                    gm, trace.inputs, Options.parse(options), lambda _: exchanges[rank], [axis]
+                )
             except BaseException as error:
                 results[rank] = error
 

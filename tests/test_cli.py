@@ -1,3 +1,4 @@
+import itertools
 import json
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def test_json_has_every_key(trace):
     assert {"name", "seconds", "rewrites", "refusals"} <= set(data["passes"][0])
     spans = [(i["first"], i["last"]) for i in data["intervals"]]
     assert spans[0][0] == 0 and spans[-1][1] is None
-    assert all(b[0] == a[1] + 1 for a, b in zip(spans, spans[1:], strict=False))
+    assert all(b[0] == a[1] + 1 for a, b in itertools.pairwise(spans))
     assert set(data["intervals"][0]) >= {"first", "last", "solver", "cost_s", "bound_s", "unchanged_s", "counts"}
     here = next(i for i in data["intervals"] if i["last"] is None or int(TOKENS) <= i["last"])
     assert sum(here["counts"].values()) == len(data["collectives"])

@@ -224,6 +224,28 @@ def test_infinities_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check(compiled(2), token_counts=[4]) == ["T=4: rank 1: output 0: NaN or infinite in other places"]
 
 
+def test_integer_results_are_compared_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def edit(gm: fx.GraphModule) -> None:
+        output = gm.graph.output_node()
+        value, chosen = output.args[0]  # type: ignore[misc]
+        with gm.graph.inserting_before(output):
+            output.args = ((value, gm.graph.call_function(aten.add.Tensor, (chosen, 1))),)  # type: ignore[arg-type]
+
+    corrupt(monkeypatch, edit)
+    assert check(compiled(2), token_counts=[4]) == ["T=4: rank 1: output 1: 4 of 4 elements differ"]
+
+
+def test_inputs_are_alike_on_all_ranks_where_they_are_replicated_and_only_there() -> None:
+    outcome, replicated = compiled(2)
+    graph = outcome.at(1000).steps[0].graph
+    source = source_of(graph)
+    mesh = verify_numeric._Mesh.of(source, graph.known.axis)
+    draw = verify_numeric._Inputs(source, graph, replicated.__getitem__, mesh, seed=0)
+    pairs = [(n.name, a, b) for n, a, b in zip(draw.nodes, *draw.draw(5), strict=True) if isinstance(a, torch.Tensor)]
+    assert len({replicated[name] for name, _, _ in pairs}) == 2
+    assert {name: torch.equal(a, b) for name, a, b in pairs} == {name: replicated[name] for name, _, _ in pairs}  # type: ignore[arg-type]
+
+
 def test_one_slightly_wrong_element_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def edit(gm: fx.GraphModule) -> None:
         change_output(aten.slice_scatter.default, 0.0, 2, 0, 0)(gm)
