@@ -47,7 +47,8 @@ def measure(kind: str, layers: int, ranks: int) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     attention = "model.layers.*.self_attn."
     plan = {attention + "q_b_proj": "colwise", attention + "kv_b_proj": "colwise", attention + "o_proj": "rowwise"}
-    apply_tensor_parallelism(model, mesh, {**model.tp_plan, **plan, "model.embed_tokens": "embedding_rowwise"})
+    model._tp_plan = {**model.tp_plan, **plan, "model.embed_tokens": "embedding_rowwise"}
+    apply_tensor_parallelism(model, mesh)
     trace = capture(model, input_ids=torch.zeros(1, 16, dtype=torch.long, device="meta"), use_cache=False)
     options = Options.parse({"profile": "ascend-a3", "replicated": ["*"], "axes": {"tp": mesh}})
     before = len(trace.gm.graph.nodes)

@@ -255,7 +255,8 @@ def _shard(model: Any, mesh: DeviceMesh) -> list[str]:
     if "model.embed_tokens" in names:
         plan["model.embed_tokens"] = "embedding_rowwise"
     whole = {name: value.shape for name, value in _tensors(model)}
-    apply_tensor_parallelism(model, mesh, plan)
+    model._tp_plan = plan  # an argument of apply_tensor_parallelism only since transformers 5.19
+    apply_tensor_parallelism(model, mesh)
     return [f"!{n}" for n, v in _tensors(model) if not isinstance(v, DTensor) and whole.get(n) != v.shape]
 
 

@@ -55,11 +55,11 @@ def build(config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Pre
 def shard(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
     """Make ``model`` tensor-parallel by the library's own plan, with attention and embedding sharded as well."""
     attention = "model.layers.*.self_attn."
-    plan = {
+    model._tp_plan = {
         **model.tp_plan,
         attention + "q_b_proj": "colwise",
         attention + "kv_b_proj": "colwise",
         attention + "o_proj": "rowwise",
         "model.embed_tokens": "embedding_rowwise",
     }
-    return apply_tensor_parallelism(model, mesh, plan)  # type: ignore[no-any-return]
+    return apply_tensor_parallelism(model, mesh)  # type: ignore[no-any-return]

@@ -196,6 +196,25 @@ def test_the_token_count_of_a_tensor_input(name: str) -> None:
         check(BY_NAME[name], programs, tokens, torch.float32, torch.empty)
 
 
+@pytest.mark.parametrize("tokens", [6, 7])
+def test_a_shard_that_is_transposed_in_memory(tokens: int) -> None:
+    """The rewrite transposes the shard where the model transposed the whole: a gather finds it strided."""
+    n, programs = 3, []
+    for rank in range(n):
+        mode, graph = FakeTensorMode(shape_env=ShapeEnv()), fx.Graph()
+        x = graph.placeholder("x")
+        with mode:
+            like = torch.empty(tokens, H)
+            turned = like.t()
+        emitter = ShardEmitter(graph, Axis("tp", TP, n, rank, tuple(range(n))), sympy.Integer(tokens), mode, {})
+        mine = graph.call_function(torch.ops.aten.t.default, (emitter.own_rows(x, like, shape_of(like), at(0)),))
+        graph.output(emitter.gather([(mine, turned, shape_of(turned), at(1))])[0])
+        programs.append(fx.GraphModule(torch.nn.Module(), graph))
+    data = CASES[0].data(tokens, torch.float32, 0)
+    for whole in run_lockstep([RankProgram(gm, [data], {TP: tuple(range(n))}) for gm in programs]):
+        assert isinstance(whole, Tensor) and torch.equal(whole, data.t())
+
+
 # Declared shapes
 
 
