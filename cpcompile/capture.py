@@ -112,4 +112,7 @@ def _mark_tokens(values: Sequence[Any]) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The line of dynamo's message that says what went wrong: the cause that it quotes, else the first one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    cause = next((line for line in lines if line.startswith("got ")), "")
+    return " ".join([*lines[:1], cause]).strip() or type(error).__name__

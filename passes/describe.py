@@ -105,16 +105,14 @@ def _all_reduce(
         )
     decision, becomes = _BECOMES[route]
     after, after_expr = _elements(graph, node, _STEPS[route], tokens)
-    reason = _why_scattered(graph, node, interval) if decision == "scatter" else _why_kept(interval, route)
+    reason = _why_scattered(graph, node, interval) if decision == "scatter" else _why_kept(route)
     return Collective(
         node.name, "all_reduce", axis, module, decision, becomes, before, after, before_expr, after_expr, reason, fused
     )
 
 
-def _why_kept(interval: Interval, route: str) -> str:
-    if not route:
-        return "its result is not used"
-    return f"one all-reduce is cheaper here than shards (T = {interval.at}, {interval.cost_s * 1e3:.3g} ms in all)"
+def _why_kept(route: str) -> str:
+    return "one all-reduce is cheaper here than shards would be" if route else "its result is not used"
 
 
 def _why_scattered(graph: PlacementGraph, node: fx.Node, interval: Interval) -> str:
