@@ -13,7 +13,7 @@ demo: $(DEMO)
 	$(BIN)/python examples/demo.py
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(TEST)
 	$(BIN)/ruff check .

@@ -41,7 +41,7 @@ def median_ms(run: Any, repeats: int = 15) -> float:
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def main() -> int:

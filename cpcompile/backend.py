@@ -18,11 +18,12 @@ from torch._logging._internal import trace_structured
 
 from cpcompile.axes import Axis, resolve_group
 from cpcompile.capture import lower_inference, unknown_inputs
+from cpcompile.compiled import Compiled, token_reader
 from cpcompile.exchange import Exchange, GroupExchange, OfflineExchange
 from cpcompile.graph_inputs import GraphInput, describe_inputs
 from cpcompile.lowering.targets import BoxedCallable, lower
 from cpcompile.options import Options
-from cpcompile.pipeline import Compiled, compile_graph, token_reader
+from cpcompile.pipeline import compile_graph
 from cpcompile.replication import ParameterGuard
 
 log = logging.getLogger("cpcompile")

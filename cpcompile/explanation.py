@@ -15,9 +15,10 @@ from rich.text import Text
 from cpcompile.axes import Axis
 from cpcompile.backend import exchange_for
 from cpcompile.capture import Trace, capture
+from cpcompile.compiled import Compiled
 from cpcompile.exchange import Exchange, OfflineExchange
 from cpcompile.options import Options
-from cpcompile.pipeline import Compiled, compile_graph
+from cpcompile.pipeline import compile_graph
 from cpcompile.plan import Plan
 from cpcompile.report import Report
 

@@ -10,14 +10,14 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.fx as fx
 
 from cpcompile.axes import Axis, find_axes
+from cpcompile.compiled import Compiled, Step, Variant
 from cpcompile.costs import HardwareProfile, profile
 from cpcompile.errors import AxisError, CpcompileError, PlanError, RequirementError
 from cpcompile.exchange import Exchange
@@ -30,88 +30,13 @@ from cpcompile.passes.materialise import materialise
 from cpcompile.passes.place import place
 from cpcompile.passes.placement_problem import PlacementGraph, build
 from cpcompile.passes.token_dims import Annotation, annotate
-from cpcompile.passes.token_layout import Expr, size_expr
 from cpcompile.passes.verify_numeric import check_numerically
 from cpcompile.passes.verify_static import prove
 from cpcompile.plan import AxisPlan, Interval, Plan
-from cpcompile.replication import InputFact, exchange_facts, structure_fingerprint
+from cpcompile.replication import exchange_facts, structure_fingerprint
 from cpcompile.report import Collective, PassRun, Report
 
 log = logging.getLogger("cpcompile")
-
-
-@dataclass
-class Variant:
-    """The graph to run for token counts in ``[first, last]``."""
-
-    first: int
-    last: int | None
-    gm: fx.GraphModule
-    steps: list[Step] = field(default_factory=list)
-
-
-@dataclass
-class Step:
-    """How one axis was rewritten in a variant."""
-
-    graph: PlacementGraph
-    interval: Interval
-    gathers: list[list[str]]
-
-
-@dataclass
-class Compiled:
-    """The outcome of the pipeline.
-
-    Args:
-        original: the graph as it came.
-        variants: by ascending token count, without gaps.
-        plan: the plan of every axis.
-        tokens: the token count as an expression, None where nothing was placed.
-        passes: what ran, in order.
-        facts: per axis name, what was established of every graph input.
-        proofs: one entry per proof: axis, interval, whether it held, and the failures.
-        refused: axis name → why it was left alone.
-        guarded: inputs whose replication rests on a fingerprint.
-    """
-
-    original: fx.GraphModule
-    variants: list[Variant]
-    plan: Plan
-    tokens: Expr | None = None
-    passes: list[PassRun] = field(default_factory=list)
-    facts: dict[str, list[InputFact]] = field(default_factory=dict)
-    proofs: list[dict[str, Any]] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
-    unplaced: list[Collective] = field(default_factory=list)
-    axes: list[Axis] = field(default_factory=list)
-
-    @property
-    def rewritten(self) -> bool:
-        """Whether any variant differs from the graph as it came."""
-        return any(v.steps for v in self.variants)
-
-    def at(self, tokens: int) -> Variant:
-        """The variant for ``tokens`` tokens."""
-        return next(v for v in self.variants if v.first <= tokens and (v.last is None or tokens <= v.last))
-
-    def report(self, tokens: int) -> Report:
-        """What happens to a step of ``tokens`` tokens."""
-        variant = self.at(tokens)
-        report = Report(tokens, len(self.original.graph.nodes), len(variant.gm.graph.nodes), passes=self.passes)
-        for step in variant.steps:
-            report.collectives += describe(step.graph, step.interval, tokens, step.gathers)
-            i, axis = step.interval, step.graph.known.axis
-            report.solver.append(
-                {"axis": axis.name, "solver": i.solver, "at": i.at, "cost_s": i.cost_s, "bound_s": i.bound_s,
-                 "unchanged_s": i.unchanged_s, "certificate": i.cost_s == i.bound_s, "first": i.first, "last": i.last}
-            )  # fmt: skip
-        report.collectives += self.unplaced
-        report.verify = {"proofs": self.proofs, "holds": all(p["holds"] for p in self.proofs)}
-        report.axes = [
-            {"name": a.name, "size": a.size, "rank": a.rank, "refused": self.refused.get(a.name, "")} for a in self.axes
-        ]
-        return report
 
 
 class Runner:
@@ -384,22 +309,3 @@ def default_profile(inputs: Sequence[GraphInput]) -> str:
     if device.type == "cuda":
         return "h200-nvlink" if "H200" in torch.cuda.get_device_name(device) else "h100-nvlink"
     return "gloo"
-
-
-def token_reader(gm: fx.GraphModule, tokens: Expr | None) -> Callable[[Sequence[Any]], int] | None:
-    """How to read the token count off a call's inputs; None where it is static or cannot be read."""
-    if tokens is None or tokens.is_number:
-        return None
-    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt) and value.node.expr == tokens:
-            return partial(_size, index, None)
-        if isinstance(value, torch.Tensor):
-            for dim, size in enumerate(value.shape):
-                if size_expr(size) == tokens:
-                    return partial(_size, index, dim)
-    return None
-
-
-def _size(index: int, dim: int | None, args: Sequence[Any]) -> int:
-    return int(args[index] if dim is None else args[index].shape[dim])

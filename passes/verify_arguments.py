@@ -5,6 +5,7 @@ Sizes are computed from the graph inputs' own, and never taken from what a pass 
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias
@@ -15,7 +16,7 @@ from torch._ops import OpOverload
 from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 from cpcompile.axes import Axis
-from cpcompile.passes.collectives import op_name
+from cpcompile.passes import collectives
 from cpcompile.passes.verify_index import Dims, Shape, plain, product, regroup, same, shape
 
 View: TypeAlias = tuple[int, Dims]
@@ -29,7 +30,9 @@ ARITHMETIC: Mapping[object, Callable[..., Any]] = {
 }
 NO_DATA = frozenset(f"aten::new_{n}" for n in ("ones", "zeros", "empty", "full", "empty_strided"))
 VIEWS = frozenset({"aten::view", "aten::_unsafe_view", "aten::reshape"})
+REORDERED = frozenset(f"aten::{n}" for n in ("permute", "t", "transpose", "unsqueeze", "squeeze"))
 IDENTITIES = frozenset({"aten::clone", "aten::contiguous", "aten::alias", "aten::detach"})
+RESHAPES = VIEWS | IDENTITIES | REORDERED | {"aten::slice", "aten::constant_pad_nd"}
 BY_STORAGE = frozenset({"aten::as_strided", "aten::as_strided_copy", "aten::as_strided_scatter"})
 LAST = torch.iinfo(torch.int64).max
 
@@ -41,6 +44,10 @@ class Refused(Exception):
         """``message`` says why; of several reasons the one with the largest ``specific`` is told."""
         super().__init__(message)
         self.specific = specific
+
+
+# Thousands of calls are of some tens of ops.
+op_name = functools.lru_cache(maxsize=4096)(collectives.op_name)
 
 
 def reshaped(node: fx.Node, args: Mapping[str, Argument], dims: Dims, split: bool = False) -> Dims | None:

@@ -13,8 +13,18 @@ import torch
 import torch.fx as fx
 
 from cpcompile.axes import Axis
-from cpcompile.passes.collectives import group_name_of, op_name
-from cpcompile.passes.verify_arguments import Argument, Arguments, Refused, View, aliases, communicates, reshaped
+from cpcompile.passes.collectives import group_name_of
+from cpcompile.passes.verify_arguments import (
+    RESHAPES,
+    Argument,
+    Arguments,
+    Refused,
+    View,
+    aliases,
+    communicates,
+    op_name,
+    reshaped,
+)
 from cpcompile.passes.verify_index import (
     Dims,
     Shape,
@@ -29,6 +39,8 @@ from cpcompile.passes.verify_index import (
     times,
 )
 from cpcompile.passes.verify_numbering import Numbering
+
+MOVING = RESHAPES | {"aten::cat", "aten::split_with_sizes"}
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,8 @@ class Mover:
     def moved(self, node: fx.Node, at: Mapping[fx.Node, Value]) -> list[tuple[Value, ...]]:
         """What padding, slicing, views and collectives of the axis make of ``at``, by index arithmetic alone."""
         name = op_name(node.target)
+        if name not in MOVING and not communicates(node):
+            return []
         args = self.numbering.arguments(node)
         operand = node.args[0] if node.args else None
         value = at.get(operand) if isinstance(operand, fx.Node) else None

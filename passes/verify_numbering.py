@@ -16,8 +16,9 @@ import torch.fx as fx
 from torch._ops import OpOverload
 
 from cpcompile.axes import Axis
-from cpcompile.passes.collectives import group_name_of, is_wait, op_name
+from cpcompile.passes.collectives import group_name_of, is_wait
 from cpcompile.passes.verify_arguments import (
+    RESHAPES,
     Arguments,
     Refused,
     View,
@@ -25,6 +26,7 @@ from cpcompile.passes.verify_arguments import (
     communicates,
     is_mutable,
     is_random,
+    op_name,
     reshaped,
 )
 from cpcompile.passes.verify_index import Dims, Shape, row_major, shape, tensor_shape
@@ -156,7 +158,7 @@ class Numbering(Arguments):
                 self.sums[content] = len(self.replicated)
                 self.replicated.append(True)
             return self.sums[content], dims
-        if content in self.volatile and not aliases(node):
+        if op_name(node.target) not in RESHAPES or (content in self.volatile and not aliases(node)):
             return None
         moved = reshaped(node, self.arguments(node), dims)
         return None if moved is None else (content, moved)

@@ -19,8 +19,8 @@ import torch
 import torch.fx as fx
 
 from cpcompile.axes import Axis
-from cpcompile.passes.collectives import is_wait, op_name
-from cpcompile.passes.verify_arguments import Arguments, Refused, View, communicates
+from cpcompile.passes.collectives import is_wait
+from cpcompile.passes.verify_arguments import Arguments, Refused, View, communicates, op_name
 from cpcompile.passes.verify_index import Rows, Shape, Split, product, row_major, same, shape, tensor_shape, times
 from cpcompile.passes.verify_moves import Mover, Value, whole
 from cpcompile.passes.verify_numbering import Numbering

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from cpcompile.axes import axis_of
-from cpcompile.capture import capture
+from cpcompile.capture import Trace, capture
 
-VOCAB, HIDDEN, LATENT, HEADS, INNER, LAYERS = 32, 64, 16, 48, 96, 2
+VOCAB, HIDDEN, LATENT, HEADS, INNER, LAYERS = 32, 64, 16, 64, 96, 2
 
 
 def functional(x: Tensor, group: Any) -> Tensor:
@@ -100,7 +100,7 @@ class Block(nn.Module):
     ``group`` is None for the whole model, else the mesh over which the model's second dims are split.
     """
 
-    def __init__(self, spelling: Spelling = Spelling(), group: Any = None, rank: int = 0, size: int = 1) -> None:  # noqa: B008
+    def __init__(self, spelling: Spelling = Spelling(), group: Any = None, rank: int = 0, size: int = 1) -> None:
         super().__init__()
         self.spelling, self.group = spelling, group
         generator = torch.Generator().manual_seed(0)
@@ -114,8 +114,16 @@ class Block(nn.Module):
         for _ in range(LAYERS):
             layer = nn.Module()
             layer.norm1, layer.norm2, layer.norm3 = weight(HIDDEN), weight(LATENT), weight(HIDDEN)
-            layer.down, layer.up, layer.out = weight(LATENT, HIDDEN), weight(HEADS, LATENT, split=0), weight(HIDDEN, HEADS, split=1)
-            layer.gate, layer.wide, layer.narrow = (weight(INNER, HIDDEN, split=0), weight(INNER, HIDDEN, split=0), weight(HIDDEN, INNER, split=1))
+            layer.down, layer.up, layer.out = (
+                weight(LATENT, HIDDEN),
+                weight(HEADS, LATENT, split=0),
+                weight(HIDDEN, HEADS, split=1),
+            )
+            layer.gate, layer.wide, layer.narrow = (
+                weight(INNER, HIDDEN, split=0),
+                weight(INNER, HIDDEN, split=0),
+                weight(HIDDEN, INNER, split=1),
+            )
             layer.beside = weight(HIDDEN, INNER, split=1)
             self.layers.append(layer)
 
@@ -132,17 +140,27 @@ class Block(nn.Module):
             mixed = say.shape(heads.cumsum(-2) * 0.1, heads.shape[-1])
             x = say.add(x, self.reduce(nn.functional.linear(mixed, layer.out)))
             hidden = say.norm(x, layer.norm3)
-            inner = nn.functional.silu(nn.functional.linear(hidden, layer.gate)) * nn.functional.linear(hidden, layer.wide)
+            inner = nn.functional.silu(nn.functional.linear(hidden, layer.gate)) * nn.functional.linear(
+                hidden, layer.wide
+            )
             a, b = nn.functional.linear(inner, layer.narrow), nn.functional.linear(inner, layer.beside)
             x = say.add(x, self.reduce(a) + self.reduce(b) if say.summed == "twice" else self.reduce(a + b))
         return nn.functional.linear(say.norm(x, self.final), self.table)
 
 
 def trace_block(spelling: Spelling, size: int, lead: Sequence[int] = (1,)) -> SharedRanks:
-    """Every rank's trace, with token ids ``[*lead, T]``."""
+    """Every rank's trace, with token ids ``[*lead, T]``: rank 0's, with each rank's weights. A test compares real ones."""
+    with fake_rank(0, size) as mesh:
+        first = trace_rank(spelling, mesh, 0, size, lead)
     traces, axes = [], []
     for rank in range(size):
         with fake_rank(rank, size) as mesh:
-            traces.append(capture(Block(spelling, mesh, rank, size), torch.zeros((*lead, 12), dtype=torch.long)))
             axes.append(axis_of("tp", mesh))
+        weights = dict(Block(spelling, mesh, rank, size).named_parameters())
+        inputs = [replace(i, value=weights[i.name]) if i.kind == "parameter" else i for i in first.inputs]
+        traces.append(Trace(first.gm, inputs, first.seconds))
     return SharedRanks(traces, axes)
+
+
+def trace_rank(spelling: Spelling, mesh: Any, rank: int, size: int, lead: Sequence[int] = (1,)) -> Trace:
+    return capture(Block(spelling, mesh, rank, size), torch.zeros((*lead, 12), dtype=torch.long))

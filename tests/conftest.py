@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,10 +17,11 @@ from simulate import Ranks, fake_rank
 
 from cpcompile.axes import axis_of
 from cpcompile.capture import Trace, capture
+from cpcompile.compiled import Compiled
 from cpcompile.exchange import LocalExchange
 from cpcompile.options import Options
 from cpcompile.passes.describe import module_of
-from cpcompile.pipeline import Compiled, compile_graph, copy_graph
+from cpcompile.pipeline import compile_graph, copy_graph
 
 aten = torch.ops.aten
 
@@ -147,3 +149,4 @@ def case(kind: str, size: int, batch: int = 1, dtype: torch.dtype = torch.float3
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+    logging.getLogger("torch.__trace").propagate = False  # thousands of lines under every failure

@@ -16,10 +16,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cpcompile.axes import Axis, axis_of
 from cpcompile.capture import Trace, capture
+from cpcompile.compiled import Compiled
 from cpcompile.exchange import LocalExchange
 from cpcompile.options import Options
 from cpcompile.passes.lockstep import RankProgram, run_lockstep
-from cpcompile.pipeline import Compiled, compile_graph
+from cpcompile.pipeline import compile_graph
 
 
 @contextmanager

@@ -16,13 +16,14 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from cpcompile.axes import axis_of
 from cpcompile.capture import Trace, capture
+from cpcompile.compiled import Compiled
 from cpcompile.exchange import OfflineExchange
 from cpcompile.options import Options
 from cpcompile.passes.canonicalise import Canonicalise
-from cpcompile.passes.collectives import find_all_reduces, is_collective, op_name
+from cpcompile.passes.collectives import is_collective, op_name
 from cpcompile.passes.lockstep import LockstepError, collective_trace
 from cpcompile.passes.token_layout import size_expr
-from cpcompile.pipeline import Compiled, compile_graph, copy_graph
+from cpcompile.pipeline import compile_graph, copy_graph
 from cpcompile.plan import Plan
 
 TOLERANCE = 2e-5  # relative to the norm of the logits, float32
@@ -87,7 +88,9 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "size", "batch", "token_counts"), CASES)
 @pytest.mark.parametrize("strategy", ["tp", "auto"])
-def test_every_rank_equals_the_whole_model(kind: str, size: int, batch: int, token_counts: list[int], strategy: str) -> None:
+def test_every_rank_equals_the_whole_model(
+    kind: str, size: int, batch: int, token_counts: list[int], strategy: str
+) -> None:
     check_numbers(kind, size, batch, strategy, token_counts)
 
 
@@ -121,7 +124,7 @@ def test_bfloat16_is_as_near_to_the_truth_as_the_uncompiled_ranks(kind: str) -> 
             outputs = [logits for (logits,) in here.ranks.run(graphs, ids)]
             assert all(o.dtype == torch.bfloat16 and torch.equal(o, outputs[0]) for o in outputs)
             after[number] += mean_square(outputs[0], expected)
-    assert 0 < before
+    assert before > 0
     for found in after:
         assert 0 < found <= 1.1**2 * before, f"{found**0.5:.2e} against {before**0.5:.2e}"
 
@@ -141,7 +144,9 @@ def real_sizes() -> tuple[Trace, Compiled]:
     """Four layers of the default V3, one of them MoE, on 8 ranks in bfloat16; nothing is allocated."""
     with torch.device("meta"):
         ids = torch.zeros((1, 10), dtype=torch.long)
-        model = AutoModelForCausalLM.from_config(DeepseekV3Config(num_hidden_layers=LAYERS), dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_config(
+            DeepseekV3Config(num_hidden_layers=LAYERS), dtype=torch.bfloat16
+        ).eval()
     with fake_rank(0, SIZE) as mesh:
         trace, axis = capture(models.shard(model, mesh), input_ids=ids, use_cache=False), axis_of("tp", mesh)
     options = Options.parse({"profile": "ascend-a3", "replicated": REPLICATED})
@@ -176,7 +181,11 @@ def test_every_all_reduce_is_scattered() -> None:
 def test_only_the_latent_is_gathered_before_attention() -> None:
     """One gather of 1536 + 512 + 64 elements for attention, one of the hidden row for the MLP; the last is the logits'."""
     _, compiled = real_sizes()
-    down, latent, hidden = ("reduce_scatter_tensor", HIDDEN), ("all_gather_into_tensor", LATENT), ("all_gather_into_tensor", HIDDEN)
+    down, latent, hidden = (
+        ("reduce_scatter_tensor", HIDDEN),
+        ("all_gather_into_tensor", LATENT),
+        ("all_gather_into_tensor", HIDDEN),
+    )
     logits = ("all_gather_into_tensor", 129280)
     assert of_axis(compiled.at(TOKENS).gm) == [down, *[latent, down, hidden, down] * LAYERS, hidden, logits]
 
@@ -216,7 +225,19 @@ def _through_views(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-MOVES = {"view", "_unsafe_view", "reshape", "slice", "split_with_sizes", "getitem", "narrow", "select", "transpose", "permute", "clone"}
+MOVES = {
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "slice",
+    "split_with_sizes",
+    "getitem",
+    "narrow",
+    "select",
+    "transpose",
+    "permute",
+    "clone",
+}
 
 
 # ---- again, variants, plans --------------------------------------------------------------------------------------------

@@ -204,15 +204,16 @@ def test_a_shard_that_is_transposed_in_memory(tokens: int) -> None:
         mode, graph = FakeTensorMode(shape_env=ShapeEnv()), fx.Graph()
         x = graph.placeholder("x")
         with mode:
-            like = torch.empty(tokens, H)
-            turned = like.t()
+            like = torch.empty(B, tokens, K, D)
+            turned = like.transpose(1, 2)
         emitter = ShardEmitter(graph, Axis("tp", TP, n, rank, tuple(range(n))), sympy.Integer(tokens), mode, {})
-        mine = graph.call_function(torch.ops.aten.t.default, (emitter.own_rows(x, like, shape_of(like), at(0)),))
-        graph.output(emitter.gather([(mine, turned, shape_of(turned), at(1))])[0])
+        mine = emitter.own_rows(x, like, shape_of(like), at(1))
+        mine = graph.call_function(torch.ops.aten.transpose.int, (mine, 1, 2))
+        graph.output(emitter.gather([(mine, turned, shape_of(turned), at(2))])[0])
         programs.append(fx.GraphModule(torch.nn.Module(), graph))
-    data = CASES[0].data(tokens, torch.float32, 0)
+    data = torch.randn(B, tokens, K, D, generator=torch.Generator().manual_seed(0))
     for whole in run_lockstep([RankProgram(gm, [data], {TP: tuple(range(n))}) for gm in programs]):
-        assert isinstance(whole, Tensor) and torch.equal(whole, data.t())
+        assert isinstance(whole, Tensor) and torch.equal(whole, data.transpose(1, 2))
 
 
 # Declared shapes

@@ -9,10 +9,11 @@ import blocks
 import dialect_ops  # noqa: F401 registers the stand-ins
 import pytest
 import torch
-from blocks import HIDDEN, LATENT, LAYERS, Block, Spelling, trace_block
+from blocks import HIDDEN, LATENT, LAYERS, Block, Spelling, trace_block, trace_rank
 from conftest import SharedRanks
+from simulate import fake_rank
 
-from cpcompile.pipeline import Compiled
+from cpcompile.compiled import Compiled
 
 RANKS, TOKENS, TOLERANCE = 4, 4096, 2e-5
 
@@ -57,17 +58,25 @@ def send(width: int) -> int:
     return width * (RANKS - 1) // RANKS
 
 
-# Two reductions and two gathers a layer: the latent before the running sum, the hidden row before the MLP.
-PLAN = sorted(
-    [("scatter", "reduce_scatter", send(HIDDEN))] * 2 * LAYERS
-    + [("gather", "all_gather", send(LATENT)), ("gather", "all_gather", send(HIDDEN))] * LAYERS
-)
+# A layer: a reduction each for the residual, the latent gathered for the running sum, the hidden row for the MLP.
+LAYER = [("scatter", "reduce_scatter", send(HIDDEN))] * 2 + [
+    ("gather", "all_gather", send(w)) for w in (LATENT, HIDDEN)
+]
+LOGITS = ("gather", "all_gather", send(blocks.VOCAB))  # fewer than the hidden row: the output layer runs on shards
 
 
 def test_the_plan_of_the_plain_spelling() -> None:
-    """The first layer's input is whole already: nothing has been reduced. The last gather is of the final norm."""
-    plan = plan_of(Spelling())
-    print(plan)
+    assert plan_of(Spelling()) == sorted(LAYER * LAYERS + [LOGITS])
+
+
+def test_every_rank_has_the_same_graph() -> None:
+    derived = traced(Spelling()).traces[RANKS - 1]
+    with fake_rank(RANKS - 1, RANKS) as mesh:
+        real = trace_rank(Spelling(), mesh, RANKS - 1, RANKS)
+    assert real.gm.print_readable(print_output=False) == derived.gm.print_readable(print_output=False)
+    for a, b in zip(real.inputs, derived.inputs, strict=True):
+        assert (a.name, a.kind) == (b.name, b.kind)
+        assert a.kind != "parameter" or torch.equal(a.value, b.value)
 
 
 @pytest.mark.parametrize(("family", "number"), [(f, i) for f, every in FAMILIES.items() for i in range(1, len(every))])

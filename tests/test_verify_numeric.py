@@ -6,23 +6,24 @@ import functools
 import operator
 from collections.abc import Callable
 
-import models
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.fx as fx
-from simulate import fake_rank, trace_ranks
+from conftest import case
+from simulate import fake_rank
 
 from cpcompile.axes import axis_of
 from cpcompile.capture import capture
+from cpcompile.compiled import Compiled
 from cpcompile.exchange import OfflineExchange
 from cpcompile.options import Options
 from cpcompile.passes import verify_numeric
 from cpcompile.passes.materialise import materialise
 from cpcompile.passes.placement_problem import PlacementGraph
 from cpcompile.passes.verify_numeric import check_numerically, tolerance
-from cpcompile.pipeline import Compiled, compile_graph
+from cpcompile.pipeline import compile_graph
 from cpcompile.plan import Interval
 
 H = 16
@@ -323,7 +324,5 @@ def test_the_float64_form_of_a_grouped_product() -> None:
 
 
 def test_a_small_deepseek_v3_passes_on_every_rank() -> None:
-    config = models.tiny_config("v3", num_attention_heads=4, num_key_value_heads=4)
-    ranks = trace_ranks(lambda mesh: models.shard(models.build(config), mesh), 2, torch.randint(96, (1, 6)))
-    for outcome in ranks.compile(strategy="tp", verify="off"):
+    for outcome in case("v3", 2).ranks.compile(strategy="tp", verify="off"):
         assert check(with_facts(outcome), token_counts=[1, 5]) == []

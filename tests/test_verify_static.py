@@ -544,7 +544,7 @@ def test_rank_dependent_constants() -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 7, 8, 9])
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_digits_say_where_elements_are(tokens: int, batch: int) -> None:
-    """Gathered digits against real tensors: element ``i`` of the result is the content's element that the digits name."""
+    """Gathered digits against real tensors: the digits of every place name the element that lies there."""
     split = Split.of(sympy.Integer(tokens), RANKS, RANK)
     local, width = split.local, 3
     shards = [torch.arange(batch * RANKS * local * width).view(batch, RANKS, local, width)[:, r] for r in range(RANKS)]
