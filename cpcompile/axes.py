@@ -23,7 +23,6 @@ class Axis:
         size: number of ranks ``n`` in the group.
         rank: this process's rank within the group, ``0 <= rank < size``.
         ranks: the global ranks of the group, in group order.
-        aliases: other names by which collectives of the graph call the same group (vLLM's ``"tp:0"``).
     """
 
     name: str
@@ -31,17 +30,25 @@ class Axis:
     size: int
     rank: int
     ranks: tuple[int, ...]
-    aliases: tuple[str, ...] = ()
 
     def owns(self, group_name: object) -> bool:
         """Whether a collective over ``group_name`` runs over this axis."""
-        return group_name == self.group_name or group_name in self.aliases
+        return group_name == self.group_name
 
 
 def resolve_group(name: str) -> dist.ProcessGroup:
     """The process group that functional collectives call ``name``."""
     group: dist.ProcessGroup = c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
     return group
+
+
+def is_group(name: str) -> bool:
+    """Whether functional collectives know a process group called ``name``."""
+    try:
+        resolve_group(name)
+    except (RuntimeError, ValueError, KeyError):
+        return False
+    return True
 
 
 def axis_of(name: str, group: object) -> Axis:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,19 @@ from cpcompile.plan import Plan
 STRATEGIES = ("auto", "tp", "off")
 TARGETS = ("eager", "inductor")
 VERIFICATIONS = ("static", "numeric", "off")
+PATTERNS = ("require", "replicated")
+
+# What each option is an instance of, and how to ask for it; the others are one of a few words.
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "axes": ((Mapping,), "a dict of axis name to process group"),
+    "require": ((str, Sequence, Set), "a pattern or a list of patterns"),
+    "replicated": ((str, Sequence, Set), "a pattern or a list of patterns"),
+    "deterministic": ((bool,), "True or False"),
+    "plan": ((Plan, str, Path, type(None)), "a Plan or the path of a saved one"),
+    "dump_dir": ((str, Path, type(None)), "the path of a folder"),
+    "profile": ((str, HardwareProfile), "the name of a profile or a HardwareProfile"),
+    "timeout_s": ((int, float), "a positive number of seconds"),
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,9 @@ class Options:
         for name in options:
             if name not in known:
                 raise OptionError(f"unknown option {name!r}{nearest(str(name), known)}")
-        for name in ("require", "replicated"):
+        for name, value in options.items():
+            _check_kind(name, value)
+        for name in PATTERNS:
             value = options.get(name, ())
             options[name] = (value,) if isinstance(value, str) else tuple(value)
         parsed = cls(**options)
@@ -68,9 +84,18 @@ class Options:
         _check_choice("verify", parsed.verify, VERIFICATIONS)
         if isinstance(parsed.profile, str):
             _check_choice("profile", parsed.profile, (*PROFILES, ""))
-        if not isinstance(parsed.axes, Mapping):
-            raise OptionError(f"axes is {type(parsed.axes).__name__}: give a dict of axis name to process group")
         return parsed
+
+
+def _check_kind(name: str, value: Any) -> None:
+    kinds, wanted = KINDS.get(name, ((object,), ""))
+    good = isinstance(value, kinds)
+    if name in PATTERNS and good and not isinstance(value, str):
+        good = all(isinstance(pattern, str) for pattern in value)
+    if name == "timeout_s":
+        good = good and not isinstance(value, bool) and 0 < value < math.inf
+    if not good:
+        raise OptionError(f"{name} is {value!r}: give {wanted}")
 
 
 def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from cpcompile.axes import Axis, find_axes
+from cpcompile.axes import Axis, find_axes, is_group
 from cpcompile.compiled import Compiled, Step, Variant
 from cpcompile.costs import HardwareProfile, profile
 from cpcompile.errors import AxisError, CpcompileError, PlanError, RequirementError
@@ -24,7 +24,7 @@ from cpcompile.exchange import Exchange
 from cpcompile.graph_inputs import GraphInput, meshes_of
 from cpcompile.options import Options
 from cpcompile.passes.canonicalise import Canonicalise
-from cpcompile.passes.collectives import find_all_reduces
+from cpcompile.passes.collectives import find_all_reduces, group_name_of, is_collective
 from cpcompile.passes.describe import describe
 from cpcompile.passes.materialise import materialise
 from cpcompile.passes.place import place
@@ -84,6 +84,13 @@ def compile_graph(
         if axes is not None
         else find_axes((ar.group_name for ar in reduced), options.axes, meshes_of(inputs))
     )
+    unknown = _adopt_names(gm, result.axes)
+    reduced = find_all_reduces(gm)
+    if unknown:
+        result.refused = dict.fromkeys([axis.name for axis in result.axes] or unknown, _NO_GROUP.format(unknown[0]))
+        result.unplaced = [_kept(ar.wait.name, ar.group_name, _NO_GROUP.format(unknown[0])) for ar in reduced]
+        _require(result, options, [])
+        return result
     _check_axes(result.axes, {ar.group_name for ar in reduced}, options)
     if options.strategy == "off" or options.deterministic or not result.axes:
         why = _why_nothing(options)
@@ -93,6 +100,29 @@ def compile_graph(
         return result
     _rewrite(gm, inputs, options, exchange_for, result, runner)
     return result
+
+
+_NO_GROUP = "no process group is called {0!r}: give axes={{name: group}} with the name before the colon"
+
+
+def _adopt_names(gm: fx.GraphModule, axes: Sequence[Axis]) -> list[str]:
+    """Give frameworks' own group names (vLLM's ``"tp:0"``) the name of the axis's group; return those of no group.
+
+    A canonical graph runs PyTorch's collectives, which know groups by PyTorch's names only.
+    """
+    unknown = []
+    for node in gm.graph.nodes:
+        if not is_collective(node):
+            continue
+        name = group_name_of(node)
+        if any(axis.owns(name) for axis in axes):
+            continue
+        axis = next((a for a in axes if ":" in name and a.name == name.partition(":")[0]), None)
+        if axis is not None:
+            node.args = tuple(axis.group_name if arg == name else arg for arg in node.args)
+        elif not is_group(name):
+            unknown.append(name)
+    return unknown
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -150,7 +150,7 @@ def _assemble(header: Mapping[str, Any], gm: fx.GraphModule) -> SavedTrace:
     inputs = [
         GraphInput(i["name"], node.meta.get("val"), i["kind"]) for node, i in zip(nodes, header["inputs"], strict=True)
     ]
-    axes = [Axis(**{**a, "ranks": tuple(a["ranks"]), "aliases": tuple(a["aliases"])}) for a in header["axes"]]
+    axes = [Axis(**{**a, "ranks": tuple(a["ranks"])}) for a in header["axes"]]
     facts = {
         axis.name: {node.name: same for node, (same, _) in zip(nodes, header["facts"][axis.name], strict=True)}
         for axis in axes

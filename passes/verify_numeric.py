@@ -139,7 +139,7 @@ class _Mesh:
     @classmethod
     def of(cls, gm: fx.GraphModule, axis: Axis) -> _Mesh:
         sizes = [axis.size]
-        names = dict.fromkeys((axis.group_name, *axis.aliases), 0)
+        names = {axis.group_name: 0}
         for node in gm.graph.nodes:
             if node.op != "call_function" or node.target not in RULES:
                 continue
