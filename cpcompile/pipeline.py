@@ -278,6 +278,8 @@ def _materialise(
     if interval.unchanged:
         return replace(variant, first=first, last=last, steps=[*variant.steps, Step(graph, interval, [])])
     gm = runner.run("materialise", materialise, variant.gm, graph, interval)
+    changed = sum(route != "reduce" for route in interval.raises.values())
+    runner.runs[-1] = replace(runner.runs[-1], rewrites=changed)
     known = graph.known
     if options.verify != "off":
         proof = runner.run("verify-static", prove, variant.gm, gm, known.axis, known.tokens, replicated.__getitem__)

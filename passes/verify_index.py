@@ -249,7 +249,7 @@ def _wholes(split: Split, dims: Dims, post: Size) -> tuple[tuple[Dims, Rows], ..
             places += [(d, k, k) for k in range(len(digits) + 1)]
         else:
             places += [(d, k, k + 1) for k, digit in enumerate(digits) if digit == (split.local, post)]
-    if split.local != 1 and (len(places) != 1 or not _apart(split, wide, cut, post)):
+    if split.local != 1 and len(places) != 1:
         return ()
     found = []
     for d, first, last in places:
@@ -258,13 +258,3 @@ def _wholes(split: Split, dims: Dims, post: Size) -> tuple[tuple[Dims, Rows], ..
         whole[d] = merged([*before, (split.tokens, post), *after])
         found.append((tuple(whole), Rows(d, product(s for s, _ in before), product(s for s, _ in after))))
     return tuple(found)
-
-
-def _apart(split: Split, wide: Dims, cut: list[list[Digit]], post: Size) -> bool:
-    """Whether every digit but that of the rows lies in ``pre`` or in ``post``."""
-    block = times(split.tokens, post)
-    return all(
-        digit == (split.local, post) or divide(digit[1], block) is not None or divide(post, times(*digit)) is not None
-        for dim in cut
-        for digit in dim
-    )

@@ -27,7 +27,8 @@ from cpcompile.passes.place import place
 from cpcompile.passes.placement_problem import build as build_problem
 from cpcompile.passes.token_dims import annotate
 from cpcompile.passes.token_layout import size_expr
-from cpcompile.passes.verify_index import Split, regroup, row_major
+from cpcompile.passes.verify_index import Rows, Split, regroup, row_major
+from cpcompile.passes.verify_rules import Call, rows_of
 from cpcompile.passes.verify_static import Proof, prove
 from tests import models
 from tests.simulate import fake_rank
@@ -430,6 +431,30 @@ def test_refutes_small_mistakes(mistake: str, tokens: int, mode: str) -> None:
 def test_refutes_values_that_differ_between_ranks(varying: str) -> None:
     proof = small_proof(block, mistaken(""), varying=varying)
     assert not proof.holds
+    told = "a value that all ranks share" if "row" in varying else "to be the same on all ranks, as it meets rows"
+    assert told in proof.failures[0].message
+
+
+def test_rows_of_different_values_make_no_whole() -> None:
+    """Each rank's own rows of its own value, gathered, are nobody's value."""
+
+    def rewritten(x: torch.Tensor, *_: torch.Tensor) -> list[torch.Tensor]:
+        moves = Moves()
+        return [moves.gather(moves.rows(x), x.shape[1])]
+
+    assert not small_proof(lambda x, *_: [aten.clone(x)], rewritten).holds
+    assert small_proof(lambda x, *_: [aten.clone(x)], rewritten, varying="").holds
+
+
+def test_rows_meet_no_other_rows() -> None:
+    """One row a rank would broadcast against all rows of another operand."""
+    graph = traced(lambda x, scale, weight, row: aten.add(x, row), 3, "fake")
+    (add,) = graph.graph.find_nodes(op="call_function", target=aten.add.Tensor)
+    x, row = add.args
+    shapes = {x: (2, 3, WIDTH), row: (2, 3, WIDTH)}
+    assert rows_of(Call(add, shapes, {x: Rows(1), row: Rows(1)}, ((2, 3, WIDTH),))) == Rows(1)
+    assert "every row" in str(rows_of(Call(add, shapes, {x: Rows(1)}, ((2, 3, WIDTH),))))
+    assert "different dims" in str(rows_of(Call(add, shapes, {x: Rows(1), row: Rows(0)}, ((2, 3, WIDTH),))))
 
 
 def test_softmax_along_the_tokens() -> None:
@@ -490,6 +515,9 @@ def test_constants_are_told_apart() -> None:
     assert not small_proof(times(2), times(3)).holds
     assert not small_proof(times(1), times(1.0)).holds
     assert not small_proof(times(1), times(True)).holds
+    assert not small_proof(times(1.0), times(True)).holds
+    assert not small_proof(times(0.0), times(-0.0)).holds
+    assert small_proof(times(float("nan")), times(float("nan"))).holds
 
 
 def test_random_ops_keep_their_order() -> None:

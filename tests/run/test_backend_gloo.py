@@ -1,0 +1,193 @@
+"""``torch.compile(model, backend="cpcompile")`` on two real gloo ranks: numbers, recompilations, and every way to fail."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from blocks import VOCAB, Block, Spelling
+from models import TINY, build, shard, tiny_config
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+WORLD, TOLERANCE = 2, 2e-5
+
+
+class Heard(logging.Handler):
+    """Warnings that cpcompile logs."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    handler, logger = Heard(), logging.getLogger("cpcompile")
+    logger.addHandler(handler)
+    try:
+        yield handler.lines
+    finally:
+        logger.removeHandler(handler)
+
+
+def ids_of(tokens: int, vocab: int = VOCAB) -> torch.Tensor:
+    ids = torch.randint(0, vocab, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+    if tokens > 1:
+        torch._dynamo.mark_dynamic(ids, 1)
+    return ids
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape
+    assert (found - expected).norm() <= TOLERANCE * expected.norm()
+
+
+def block(mesh: DeviceMesh, **options: Any) -> tuple[Block, Any]:
+    """This rank's part of the hand-written model, plain and compiled."""
+    model = Block(Spelling(), mesh, mesh.get_local_rank(), WORLD)
+    torch._dynamo.reset()
+    counters.clear()
+    return model, torch.compile(model, backend="cpcompile", options=options, fullgraph=True)
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def real_models(mesh: DeviceMesh, folder: str) -> None:
+    """Every T >= 2 runs the one graph that was compiled, and every rank has the whole model's logits."""
+    for kind in ("v3", "v32"):
+        whole, model = build(tiny_config(kind)), shard(build(tiny_config(kind)), mesh)
+        torch._dynamo.reset()
+        counters.clear()
+        options = {"strategy": "tp", "require": ["*o_proj", "*down_proj", "*embed_tokens"]}
+        compiled = torch.compile(model, backend="cpcompile", options=options, fullgraph=True)
+        with heard() as lines, torch.no_grad():
+            for tokens in (9, 2, 3, 4, 16, 33):
+                ids = ids_of(tokens, TINY["vocab_size"])
+                close(compiled(input_ids=ids, use_cache=False).logits, whole(input_ids=ids, use_cache=False).logits)
+        assert graphs() == 1 and lines == []
+
+
+def every_token_count(mesh: DeviceMesh, folder: str) -> None:
+    """T = 0 and 1 get graphs of their own, by dynamo's rule; ``auto`` changes between its variants without another."""
+    model, compiled = block(mesh, profile="ascend-a3", dump_dir=folder)
+    whole = Block()
+    for tokens in (2, 3, 5, 4096, 1 << 16, 7):
+        close(compiled(ids_of(tokens)), whole(ids_of(tokens)))
+    assert graphs() == 1
+    for tokens in (1, 0):
+        close(compiled(ids_of(tokens)), whole(ids_of(tokens)))
+    assert graphs() == 3
+
+
+def modes(mesh: DeviceMesh, folder: str) -> None:
+    """``mode=`` is accepted: callers pass it whatever the backend."""
+    torch._dynamo.reset()
+    model = Block(Spelling(), mesh, mesh.get_local_rank(), WORLD)
+    compiled = torch.compile(model, backend="cpcompile", mode="max-autotune", fullgraph=True)
+    close(compiled(ids_of(5)), Block()(ids_of(5)))
+
+
+def mistakes(mesh: DeviceMesh, folder: str) -> None:
+    expect("unknown option 'stratgy' (did you mean 'strategy'?)", block(mesh, stratgy="tp")[1])
+    expect("require='*o_porj': no rewritten all-reduce or module", block(mesh, strategy="tp", require=["*o_porj"])[1])
+    expect("no process group is called 'nope'", block(mesh, axes={"tp": "nope"})[1])
+    expect("cannot read the plan", block(mesh, plan=f"{folder}/nope.json")[1])
+    # None of these left the ranks out of step.
+    _, compiled = block(mesh, strategy="tp")
+    close(compiled(ids_of(5)), Block()(ids_of(5)))
+
+
+def expect(message: str, compiled: Callable[[torch.Tensor], Any]) -> None:
+    with pytest.raises(Exception, match=".") as caught:
+        compiled(ids_of(5))
+    assert message in str(caught.value)
+
+
+def replaced_parameters(mesh: DeviceMesh, folder: str) -> None:
+    """A weight whose equality on all ranks was established is not trusted once it is replaced, or written in place."""
+    for change in (lambda layer: setattr(layer, "norm1", nn.Parameter(layer.norm1 + 1)), lambda layer: layer.down.data.mul_(2)):
+        model, compiled = block(mesh, strategy="tp")
+        close(compiled(ids_of(5)), Block()(ids_of(5)))
+        with torch.no_grad():
+            change(model.layers[0])
+        expect("call torch._dynamo.reset() and compile again", compiled)
+
+
+def training(mesh: DeviceMesh, folder: str) -> None:
+    """A graph that is differentiated is left alone, with a warning."""
+    model, compiled = block(mesh, strategy="tp", require=["*"])
+    whole = Block()
+    for each in (model, whole):
+        each.final.requires_grad_(True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found, expected = compiled(ids_of(5)), whole(ids_of(5))
+    assert [w for w in caught if "it runs unmodified; call the model under torch.no_grad()" in str(w.message)]
+    close(found, expected)
+    found.sum().backward()
+    expected.sum().backward()
+    close(model.final.grad, whole.final.grad)
+
+
+def different_options(mesh: DeviceMesh, folder: str) -> None:
+    """Ranks that decide differently run the graph as it came, and say so."""
+    with heard() as lines:
+        model, compiled = block(mesh, profile=("ascend-a3", "pcie")[mesh.get_local_rank()])
+        close(compiled(ids_of(5)), Block()(ids_of(5)))
+    assert any("the ranks of axis" in line and "made different plans: give all of them the same options" in line for line in lines)
+
+
+def inductor(mesh: DeviceMesh, folder: str) -> None:
+    model, compiled = block(mesh, strategy="tp", target="inductor")
+    for tokens in (5, 8, 2):
+        close(compiled(ids_of(tokens)), Block()(ids_of(tokens)))
+    assert graphs() == 1
+
+
+def absent_rank(mesh: DeviceMesh, folder: str) -> None:
+    """A rank that compiles nothing does not hang the other. The last scenario: the ranks' turns differ from here on."""
+    if mesh.get_local_rank() == 0:
+        _, compiled = block(mesh, strategy="tp", timeout_s=2)
+        began = time.perf_counter()
+        expect("ranks [1] did not take part within 2 s", compiled)
+        assert time.perf_counter() - began < 60
+    dist.barrier()
+
+
+SCENARIOS = [
+    every_token_count, modes, mistakes, replaced_parameters, training, different_options, inductor, real_models,
+    absent_rank,
+]  # fmt: skip
+
+
+def run_rank(rank: int, folder: str, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("tp",))
+    for scenario in SCENARIOS:
+        if scenario.__name__ in names:
+            began = time.perf_counter()
+            scenario(mesh, folder)
+            print(f"rank {rank}: {scenario.__name__} {time.perf_counter() - began:.1f} s", flush=True)
+    dist.destroy_process_group()
+
+
+@pytest.mark.ranks
+def test_two_ranks(tmp_path: Any) -> None:
+    """One spawn for all scenarios."""
+    mp.spawn(run_rank, (str(tmp_path), [s.__name__ for s in SCENARIOS]), nprocs=WORLD)
