@@ -23,10 +23,11 @@ class Block(nn.Module):
         self.up = nn.Parameter(distribute_tensor(torch.randn(INNER, HIDDEN) * 0.02, mesh, [Shard(0)]))
         self.down = nn.Parameter(distribute_tensor(torch.randn(HIDDEN, INNER) * 0.02, mesh, [Shard(1)]))
 
-    def forward(self, x: DTensor) -> DTensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Rows of ``[T, HIDDEN]``, replicated; DTensor's own rules put the all-reduce in."""
         normed = nn.functional.rms_norm(x, (HIDDEN,), self.norm)
         out = nn.functional.linear(nn.functional.silu(nn.functional.linear(normed, self.up)), self.down)
+        assert isinstance(out, DTensor)
         return x + out.redistribute(placements=[Replicate()])
 
 
@@ -45,7 +46,9 @@ class Model(nn.Module):
         x = nn.functional.embedding(tokens, self.table)
         for block in self.blocks:
             x = block(x)
-        return nn.functional.linear(x, self.table).to_local()
+        logits = nn.functional.linear(x, self.table)
+        assert isinstance(logits, DTensor)
+        return logits.to_local()
 
 
 def build(mesh: DeviceMesh) -> tuple[nn.Module, tuple[torch.Tensor]]:
