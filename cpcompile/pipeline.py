@@ -112,16 +112,14 @@ def _adopt_names(gm: fx.GraphModule, axes: Sequence[Axis]) -> list[str]:
     """
     unknown = []
     for node in gm.graph.nodes:
-        if not is_collective(node):
-            continue
-        name = group_name_of(node)
-        if any(axis.owns(name) for axis in axes):
-            continue
-        axis = next((a for a in axes if ":" in name and a.name == name.partition(":")[0]), None)
-        if axis is not None:
-            node.args = tuple(axis.group_name if arg == name else arg for arg in node.args)
-        elif not is_group(name):
+        name = group_name_of(node) if is_collective(node) else ""
+        if ":" not in name or is_group(name):
+            continue  # a name of PyTorch's own; a trace from elsewhere may name groups that this process lacks
+        axis = next((a for a in axes if a.name == name.partition(":")[0]), None)
+        if axis is None:
             unknown.append(name)
+        else:
+            node.args = tuple(axis.group_name if arg == name else arg for arg in node.args)
     return unknown
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +26,7 @@ from cpcompile.passes.materialise import materialise
 from cpcompile.passes.placement_problem import VIEWS, PlacementGraph
 from cpcompile.passes.placement_rules import op_name
 from cpcompile.passes.token_layout import Expr, size_expr
+from cpcompile.passes.widen import CASTS, wide, widened
 from cpcompile.plan import Interval
 
 MOST_BYTES = 4 * 2**30
@@ -34,8 +34,6 @@ MOST_BYTES = 4 * 2**30
 SCALES = (1.0, 0.1)
 # Sizes that are neither given by the token count nor by a collective.
 SMALL = 2
-_WIDE = {True: torch.complex128, False: torch.float64}
-_CASTS = frozenset({"aten._to_copy", "prims.convert_element_type", "aten.clone"})
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -240,7 +238,7 @@ def _vocabulary(gm: fx.GraphModule, size: int, replicated: Callable[[str], bool]
         weight, root = node.args[:2]
         masked = False
         while isinstance(root, fx.Node) and root.op == "call_function" and root.all_input_nodes:
-            masked = masked or op_name(root.target) not in VIEWS | _CASTS
+            masked = masked or op_name(root.target) not in VIEWS | CASTS
             root = root.args[0] if isinstance(root.args[0], fx.Node) else root.all_input_nodes[0]
         if isinstance(root, fx.Node) and root.op == "placeholder" and isinstance(weight, fx.Node):
             rows = weight.meta["val"].shape[0]
@@ -261,7 +259,7 @@ class _Check:
     def run(self, counts: Sequence[int]) -> list[str]:
         exact = self._has_wide_form(counts[0])
         if exact:
-            wide_form = replace(self, original=_widened(self.original), graphs=list(map(_widened, self.graphs)))
+            wide_form = replace(self, original=widened(self.original), graphs=list(map(widened, self.graphs)))
             failures, _ = self._compare(counts[-1:], None, exact=False)
             found, told = wide_form._compare(counts, tolerance(torch.float64), exact=True)
             failures += found
@@ -278,7 +276,7 @@ class _Check:
 
     def _has_wide_form(self, tokens: int) -> bool:
         try:
-            self._run([_widened(self.original)] * len(self.graphs), tokens, exact=True)
+            self._run([widened(self.original)] * len(self.graphs), tokens, exact=True)
         except LockstepError:
             return False
         return True
@@ -344,7 +342,7 @@ def _difference(a: object, b: object, bound: float | None) -> str:
     if not (a.is_floating_point() or a.is_complex()):
         wrong = int(a.ne(b).sum())
         return f"{wrong} of {a.numel()} elements differ" if wrong else ""
-    a, b = a.to(_WIDE[a.is_complex()]), b.to(_WIDE[b.is_complex()])
+    a, b = a.to(wide(a.dtype)), b.to(wide(b.dtype))
     finite = a.isfinite()
     if not torch.equal(finite, b.isfinite()) or not torch.equal(a[~finite].nan_to_num(7.0), b[~finite].nan_to_num(7.0)):
         return "NaN or infinite in other places"
@@ -352,56 +350,3 @@ def _difference(a: object, b: object, bound: float | None) -> str:
     if error <= bound * size:
         return ""
     return f"relative error {error / size if size else math.inf:.1e}, tolerance {bound:.1e}"
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """float64 for floats, complex128 for complex numbers, else ``dtype``."""
-    return _WIDE[dtype.is_complex] if dtype.is_floating_point or dtype.is_complex else dtype
-
-
-def _grouped_mm(
-    a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, bias: None = None, out_dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """``[M, K]`` rows, each group of them up to the next of ``offs [G]`` times its own matrix of ``[G, K, N]``."""
-    if a.dim() != 2 or b.dim() != 3 or bias is not None:
-        raise NotImplementedError("grouped product of other than rows by groups of matrices")
-    out = a.new_zeros(a.shape[0], b.shape[2])
-    for group, (first, last) in enumerate(itertools.pairwise([0, *offs.tolist()])):
-        out[first:last] = a[first:last] @ b[group]
-    return out
-
-
-# Ops whose kernels take no float64, as functions that do.
-_WIDE_OPS: Mapping[object, Callable[..., torch.Tensor]] = {torch.ops.aten._grouped_mm.default: _grouped_mm}
-
-
-def _widened(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of ``gm`` that computes in float64: dtype arguments, given or defaulted, constants, and ``_WIDE_OPS``."""
-    new = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        env[node] = copy = new.node_copy(node, env.__getitem__)
-        copy.args = fx.node.map_aggregate(copy.args, _wide_argument)
-        copy.kwargs = fx.node.map_aggregate(copy.kwargs, _wide_argument)
-        copy.target = _WIDE_OPS.get(copy.target, copy.target)
-        value = operator.attrgetter(node.target)(gm) if node.op == "get_attr" else node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or value.dtype == wide(value.dtype):
-            continue
-        if node.op == "get_attr":
-            env[node] = new.call_function(torch.ops.aten._to_copy.default, (copy,), {"dtype": wide(value.dtype)})
-        elif isinstance(copy.target, torch._ops.OpOverload):
-            _widen_defaults(copy, copy.target, wide(value.dtype))
-    return fx.GraphModule(gm, new)
-
-
-def _wide_argument(value: fx.node.Argument) -> fx.node.Argument:
-    return wide(value) if isinstance(value, torch.dtype) else value
-
-
-def _widen_defaults(node: fx.Node, target: torch._ops.OpOverload, dtype: torch.dtype) -> None:
-    for index, argument in enumerate(target._schema.arguments):
-        given = index < len(node.args) or node.kwargs.get(argument.name) is not None
-        if argument.name == "dtype" and argument.has_default_value() and not given:
-            node.kwargs = {**node.kwargs, "dtype": dtype}
-        if argument.name == "half_to_float" and index < len(node.args):
-            node.update_arg(index, False)

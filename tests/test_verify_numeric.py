@@ -23,6 +23,7 @@ from cpcompile.passes import verify_numeric
 from cpcompile.passes.materialise import materialise
 from cpcompile.passes.placement_problem import PlacementGraph
 from cpcompile.passes.verify_numeric import check_numerically, tolerance
+from cpcompile.passes.widen import widened
 from cpcompile.pipeline import compile_graph
 from cpcompile.plan import Interval
 
@@ -319,7 +320,7 @@ def test_the_float64_form_of_a_grouped_product() -> None:
     graph.output(graph.call_function(aten._grouped_mm.default, (a, b, ends)))
     gm = fx.GraphModule(torch.nn.Module(), graph)
     rows, matrices, ends = torch.randn(12, 16), torch.randn(3, 16, 8), torch.tensor([4, 4, 12], dtype=torch.int32)
-    wide = verify_numeric._widened(gm)(rows.double(), matrices.double(), ends)
+    wide = widened(gm)(rows.double(), matrices.double(), ends)
     torch.testing.assert_close(wide.float(), gm(rows, matrices, ends))
 
 
