@@ -149,7 +149,7 @@ class Block(nn.Module):
 
 
 def trace_block(spelling: Spelling, size: int, lead: Sequence[int] = (1,)) -> SharedRanks:
-    """Every rank's trace, with token ids ``[*lead, T]``: rank 0's, with each rank's weights. A test compares real ones."""
+    """Every rank's trace, with token ids ``[*lead, T]``: rank 0's, with each rank's weights; a test checks that."""
     with fake_rank(0, size) as mesh:
         first = trace_rank(spelling, mesh, 0, size, lead)
     traces, axes = [], []

@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class TurnTaking:
-    """An exchange of threads of which one works at a time: fake tensors that the ranks share are not for several threads."""
+    """An exchange of threads that work one at a time: fake tensors that ranks share are not for several threads."""
 
     inner: LocalExchange
     turn: threading.Lock

@@ -18,7 +18,12 @@ from cpcompile.plan import Plan
 def test_nothing_gives_the_defaults(nothing: dict[str, object] | None) -> None:
     options = Options.parse(nothing)
     assert options == Options()
-    assert (options.strategy, options.verify, options.deterministic, options.timeout_s) == ("auto", "static", False, 120)
+    assert (options.strategy, options.verify, options.deterministic, options.timeout_s) == (
+        "auto",
+        "static",
+        False,
+        120,
+    )
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_bfloat16_is_as_near_to_the_truth_as_the_uncompiled_ranks(kind: str) -> 
         assert 0 < found <= 1.1**2 * before, f"{found**0.5:.2e} against {before**0.5:.2e}"
 
 
-# ---- structure at real sizes -----------------------------------------------------------------------------------------
+# ---- structure at real sizes ---------------------------------------------------------------------------------------
 
 SIZE, TOKENS, HIDDEN, LATENT, LAYERS = 8, 16384, 7168, 1536 + 512 + 64, 4
 # Offline there are no other ranks to compare plain parameters with: these are not sharded.
@@ -179,7 +179,7 @@ def test_every_all_reduce_is_scattered() -> None:
 
 
 def test_only_the_latent_is_gathered_before_attention() -> None:
-    """One gather of 1536 + 512 + 64 elements for attention, one of the hidden row for the MLP; the last is the logits'."""
+    """Attention gathers 1536 + 512 + 64 elements at once, the MLP the hidden row; the last gather is the logits'."""
     _, compiled = real_sizes()
     down, latent, hidden = (
         ("reduce_scatter_tensor", HIDDEN),
@@ -240,7 +240,7 @@ MOVES = {
 }
 
 
-# ---- again, variants, plans --------------------------------------------------------------------------------------------
+# ---- again, variants, plans ----------------------------------------------------------------------------------------
 
 
 def test_a_second_run_rewrites_nothing() -> None:

@@ -101,7 +101,7 @@ def ids_of(lead: tuple[int, ...], tokens: int) -> torch.Tensor:
     return torch.randint(0, blocks.VOCAB, (*lead, tokens), generator=torch.Generator().manual_seed(tokens))
 
 
-EVERY = list(dict.fromkeys(s for family in FAMILIES.values() for s in family)) + [Spelling(summed="twice")]
+EVERY = [*list(dict.fromkeys(s for family in FAMILIES.values() for s in family)), Spelling(summed="twice")]
 
 
 @pytest.mark.parametrize("spelling", EVERY, ids=range(len(EVERY)))

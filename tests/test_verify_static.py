@@ -382,7 +382,7 @@ def traced(f: Callable[..., Any], tokens: int, mode: str) -> Graph:
 
 
 def small_proof(
-    f: Callable[..., Any], g: Callable[..., Any], tokens: int = 10, mode: str = "symbolic", varying: str = "x_1"
+    f: Callable[..., Any], g: Callable[..., Any], tokens: int = 10, mode: str = "symbolic", varying: str = "x_1 arg0_1"
 ) -> Proof:
     original, rewritten = traced(f, tokens, mode), traced(g, tokens, mode)
     found = size_expr(original.graph.find_nodes(op="placeholder")[0].meta["val"].shape[1])

@@ -1,8 +1,9 @@
-"""``torch.compile(model, backend="cpcompile")`` on two real gloo ranks: numbers, recompilations, and every way to fail."""
+"""``torch.compile(model, backend="cpcompile")`` on two real gloo ranks: numbers, recompilations, refusals."""
 
 from __future__ import annotations
 
 import logging
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -84,7 +85,7 @@ def real_models(mesh: DeviceMesh, folder: str) -> None:
 
 def every_token_count(mesh: DeviceMesh, folder: str) -> None:
     """T = 0 and 1 get graphs of their own, by dynamo's rule; ``auto`` changes between its variants without another."""
-    model, compiled = block(mesh, profile="ascend-a3", dump_dir=folder)
+    _model, compiled = block(mesh, profile="ascend-a3", dump_dir=folder)
     whole = Block()
     for tokens in (2, 3, 5, 4096, 1 << 16, 7):
         close(compiled(ids_of(tokens)), whole(ids_of(tokens)))
@@ -113,14 +114,16 @@ def mistakes(mesh: DeviceMesh, folder: str) -> None:
 
 
 def expect(message: str, compiled: Callable[[torch.Tensor], Any]) -> None:
-    with pytest.raises(Exception, match=".") as caught:
+    with pytest.raises(Exception, match=re.escape(message)):
         compiled(ids_of(5))
-    assert message in str(caught.value)
 
 
 def replaced_parameters(mesh: DeviceMesh, folder: str) -> None:
     """A weight whose equality on all ranks was established is not trusted once it is replaced, or written in place."""
-    for change in (lambda layer: setattr(layer, "norm1", nn.Parameter(layer.norm1 + 1)), lambda layer: layer.down.data.mul_(2)):
+    for change in (
+        lambda layer: setattr(layer, "norm1", nn.Parameter(layer.norm1 + 1)),
+        lambda layer: layer.down.data.mul_(2),
+    ):
         model, compiled = block(mesh, strategy="tp")
         close(compiled(ids_of(5)), Block()(ids_of(5)))
         with torch.no_grad():
@@ -147,13 +150,16 @@ def training(mesh: DeviceMesh, folder: str) -> None:
 def different_options(mesh: DeviceMesh, folder: str) -> None:
     """Ranks that decide differently run the graph as it came, and say so."""
     with heard() as lines:
-        model, compiled = block(mesh, profile=("ascend-a3", "pcie")[mesh.get_local_rank()])
+        _model, compiled = block(mesh, profile=("ascend-a3", "pcie")[mesh.get_local_rank()])
         close(compiled(ids_of(5)), Block()(ids_of(5)))
-    assert any("the ranks of axis" in line and "made different plans: give all of them the same options" in line for line in lines)
+    assert any(
+        "the ranks of axis" in line and "made different plans: give all of them the same options" in line
+        for line in lines
+    )
 
 
 def inductor(mesh: DeviceMesh, folder: str) -> None:
-    model, compiled = block(mesh, strategy="tp", target="inductor")
+    _model, compiled = block(mesh, strategy="tp", target="inductor")
     for tokens in (5, 8, 2):
         close(compiled(ids_of(tokens)), Block()(ids_of(tokens)))
     assert graphs() == 1
