@@ -32,10 +32,11 @@ TINY_INDEXER = {"index_n_heads": 4, "index_head_dim": 16, "index_topk": 6}
 
 def tiny_config(kind: str, layers: int = 2, **changes: Any) -> Any:
     """A tiny V3 (``"v3"``) or V3.2 (``"v32"``) configuration, first layer dense; sizes divide by 2, 3, 4 and 8."""
-    fields = {**TINY, "num_hidden_layers": layers, **changes}
+    fields = {**TINY, "num_hidden_layers": layers}
     if kind == "v3":
-        return DeepseekV3Config(first_k_dense_replace=1, **fields)
-    return DeepseekV32Config(mlp_layer_types=["dense"] + ["sparse"] * (layers - 1), **TINY_INDEXER, **fields)
+        return DeepseekV3Config(**{"first_k_dense_replace": 1, **fields, **changes})
+    kinds = ["dense"] + ["sparse"] * (layers - 1)
+    return DeepseekV32Config(**{"mlp_layer_types": kinds, **TINY_INDEXER, **fields, **changes})
 
 
 def build(config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:

@@ -105,7 +105,7 @@ def modes(mesh: DeviceMesh, folder: str) -> None:
 
 def mistakes(mesh: DeviceMesh, folder: str) -> None:
     expect("unknown option 'stratgy' (did you mean 'strategy'?)", block(mesh, stratgy="tp")[1])
-    expect("require='*o_porj': no rewritten all-reduce or module", block(mesh, strategy="tp", require=["*o_porj"])[1])
+    expect("require='*o_porj': nothing of that name was rewritten", block(mesh, strategy="tp", require=["*o_porj"])[1])
     expect("no process group is called 'nope'", block(mesh, axes={"tp": "nope"})[1])
     expect("cannot read the plan", block(mesh, plan=f"{folder}/nope.json")[1])
     # None of these left the ranks out of step.
@@ -121,8 +121,8 @@ def expect(message: str, compiled: Callable[[torch.Tensor], Any]) -> None:
 def replaced_parameters(mesh: DeviceMesh, folder: str) -> None:
     """A weight whose equality on all ranks was established is not trusted once it is replaced, or written in place."""
     for change in (
-        lambda layer: setattr(layer, "norm1", nn.Parameter(layer.norm1 + 1)),
-        lambda layer: layer.down.data.mul_(2),
+        lambda layer: setattr(layer, "norm1", nn.Parameter(layer.norm1 + 1, requires_grad=False)),
+        lambda layer: layer.norm1.mul_(2),
     ):
         model, compiled = block(mesh, strategy="tp")
         close(compiled(ids_of(5)), Block()(ids_of(5)))
