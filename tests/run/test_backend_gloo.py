@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 import warnings
@@ -183,6 +184,7 @@ SCENARIOS = [
 
 def run_rank(rank: int, folder: str, names: list[str]) -> None:
     torch.set_num_threads(1)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor_{rank}"  # nothing that another version compiled
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("tp",))
     for scenario in SCENARIOS:
