@@ -26,7 +26,7 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> BoxedCallable:
     inner = fx.GraphModule(gm, _without(gm, {n for i, n in enumerate(placeholders) if i not in used}))
     # A shard has one row wherever T <= n: code for more rows must not be guarded against that, since the guards of all
     # variants are dynamo's for the whole graph, and one of n = 2 ("T is not 2") would contradict mark_dynamic.
-    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         compiled: Any = compile_fx(inner, [example_inputs[i] for i in used])
 
     def boxed(args: list[Any]) -> Any:
