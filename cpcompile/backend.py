@@ -135,7 +135,7 @@ def _device(values: Sequence[Any]) -> str:
 
 def _tell(compiled: Compiled, options: Options) -> None:
     """Say what was done: one log line, torch's structured trace, and files in ``dump_dir``."""
-    reports = {v.first: compiled.report(v.steps[-1].interval.at if v.steps else v.first) for v in compiled.variants}
+    reports = {v.first: compiled.report(v.typical) for v in compiled.variants}
     for variant in compiled.variants:
         counts = Counter(c.decision for c in reports[variant.first].collectives)
         span = f"T >= {variant.first}" if variant.last is None else f"T in [{variant.first}, {variant.last}]"

@@ -37,6 +37,8 @@ class Strategy(str, Enum):
 
     auto = "auto"
     tp = "tp"
+    cp = "cp"
+    hybrid = "hybrid"
     off = "off"
 
 
@@ -96,7 +98,7 @@ def explain(
     rank: RankOption = 0,
     profile: Annotated[str, typer.Option(help=f"Hardware: {', '.join(PROFILES)}.")] = "ascend-a3",
     strategy: Annotated[
-        Strategy, typer.Option(help="auto: best per T; tp: the plan of a large step; off.")
+        Strategy, typer.Option(help="auto: best per T; tp, cp, hybrid: the plan of a large step; off.")
     ] = Strategy.auto,
     require: Annotated[list[str], typer.Option(metavar="PATTERN", help="Must be rewritten, else an error.")] = [],  # noqa: B006
     replicated: ReplicatedOption = [],  # noqa: B006

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +29,12 @@ class Variant:
     gm: fx.GraphModule
     steps: list[Step] = field(default_factory=list)
 
+    @property
+    def typical(self) -> int:
+        """A token count to state this variant's report for: what it was planned at, where that lies in its range."""
+        at = self.steps[0].interval.at if self.steps else self.first
+        return at if at >= self.first and (self.last is None or at <= self.last) else self.first
+
 
 @dataclass
 class Step:
@@ -36,6 +43,25 @@ class Step:
     graph: PlacementGraph
     interval: Interval
     gathers: list[list[str]]
+
+    def describe(self, tokens: int, base: Expr | None) -> list[Collective]:
+        """Rows of this axis at ``tokens`` tokens of the model, whose symbol is ``base``."""
+        return describe(self.graph, self.interval, count_at(self.graph.known.tokens, base, tokens), self.gathers)
+
+
+def count_at(count: Expr | None, base: Expr | None, tokens: int) -> int:
+    """An axis's token count at ``tokens`` tokens of the model: after context parallelism, those of a shard."""
+    if count is None or base is None or count == base:
+        return tokens
+    return int(count.subs(base, tokens))
+
+
+def first_tokens(count: Expr | None, base: Expr | None, least: int) -> int:
+    """The fewest tokens of the model at which an axis's count, which grows with them, is at least ``least``."""
+    high = 1
+    while count_at(count, base, high) < least:
+        high *= 2
+    return bisect.bisect_left(range(high), least, key=lambda t: count_at(count, base, t))
 
 
 @dataclass
@@ -79,7 +105,7 @@ class Compiled:
         variant = self.at(tokens)
         report = Report(tokens, len(self.original.graph.nodes), len(variant.gm.graph.nodes), passes=self.passes)
         for step in variant.steps:
-            report.collectives += describe(step.graph, step.interval, tokens, step.gathers)
+            report.collectives += step.describe(tokens, self.tokens)
             i, axis = step.interval, step.graph.known.axis
             report.solver.append(
                 {"axis": axis.name, "solver": i.solver, "at": i.at, "cost_s": i.cost_s, "bound_s": i.bound_s,

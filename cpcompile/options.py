@@ -13,7 +13,7 @@ from cpcompile.costs import PROFILES, HardwareProfile
 from cpcompile.errors import OptionError, nearest
 from cpcompile.plan import Plan
 
-STRATEGIES = ("auto", "tp", "off")
+STRATEGIES = ("auto", "tp", "cp", "hybrid", "off")
 TARGETS = ("eager", "inductor")
 VERIFICATIONS = ("static", "numeric", "off")
 PATTERNS = ("require", "replicated")
@@ -38,8 +38,9 @@ class Options:
     Args:
         axes: mesh axis name → its process group: a ``ProcessGroup``, a one-dimensional ``DeviceMesh``, or a group's
             name. Empty: every group that the graph all-reduces over, named after its mesh dim where there is one.
-        strategy: ``"auto"`` (best plan per interval of the token count), ``"tp"`` (the plan of a large step, at every
-            token count) or ``"off"``.
+        strategy: ``"auto"`` (best plan per interval of the token count), or the plan of a large step, at every token
+            count, on axes over which attention is split (``"tp"``), repeated (``"cp"``) or on all (``"hybrid"``);
+            ``"off"``.
         target: ``"eager"`` or ``"inductor"``; empty chooses inductor on CUDA and eager elsewhere.
         verify: ``"static"`` proves every rewritten graph, ``"numeric"`` also runs all ranks in lockstep on random
             inputs and weights, ``"off"`` does neither.

@@ -17,7 +17,7 @@ import torch
 import torch.fx as fx
 
 from cpcompile.axes import Axis, find_axes, is_group
-from cpcompile.compiled import Compiled, Step, Variant
+from cpcompile.compiled import Compiled, Step, Variant, first_tokens
 from cpcompile.costs import HardwareProfile, profile
 from cpcompile.errors import AxisError, CpcompileError, PlanError, RequirementError
 from cpcompile.exchange import Exchange
@@ -25,11 +25,11 @@ from cpcompile.graph_inputs import GraphInput, meshes_of
 from cpcompile.options import Options
 from cpcompile.passes.canonicalise import Canonicalise
 from cpcompile.passes.collectives import find_all_reduces, group_name_of, is_collective
-from cpcompile.passes.describe import describe
 from cpcompile.passes.materialise import materialise
 from cpcompile.passes.place import place
 from cpcompile.passes.placement_problem import PlacementGraph, build
-from cpcompile.passes.token_dims import Annotation, annotate
+from cpcompile.passes.token_dims import Annotation, annotate, repeats_attention
+from cpcompile.passes.token_layout import Expr
 from cpcompile.passes.verify_numeric import check_numerically
 from cpcompile.passes.verify_static import prove
 from cpcompile.plan import AxisPlan, Interval, Plan
@@ -86,12 +86,13 @@ def compile_graph(
     )
     unknown = _adopt_names(gm, result.axes)
     reduced = find_all_reduces(gm)
+    # Context parallelism first: the axis that is reduced over most then works on its shards.
+    result.axes.sort(key=lambda axis: sum(axis.owns(ar.group_name) for ar in reduced))
     if unknown:
         result.refused = dict.fromkeys([axis.name for axis in result.axes] or unknown, _NO_GROUP.format(unknown[0]))
         result.unplaced = [_kept(ar.wait.name, ar.group_name, _NO_GROUP.format(unknown[0])) for ar in reduced]
         _require(result, options, [])
         return result
-    _check_axes(result.axes, {ar.group_name for ar in reduced}, options)
     if options.strategy == "off" or options.deterministic or not result.axes:
         why = _why_nothing(options)
         result.refused = {axis.name: why for axis in result.axes}
@@ -142,14 +143,14 @@ def _kept(name: str, group: str, reason: str) -> Collective:
     return Collective(name, "all_reduce", group, "", "keep", "all_reduce", 0, 0, "", "", reason)
 
 
-def _check_axes(axes: Sequence[Axis], groups: set[str], options: Options) -> None:
-    """A given axis that the graph never reduces over is most likely a mistake; say so instead of doing nothing."""
-    for axis in axes:
-        if options.axes and groups and not any(axis.owns(g) for g in groups):
-            raise AxisError(
-                f"axis {axis.name!r} has ranks {list(axis.ranks)}, and no all-reduce of the graph runs over them "
-                f"(its groups: {sorted(groups)}); give the group that the model was sharded over"
-            )
+def _check_axis(known: Annotation, options: Options, groups: set[str]) -> None:
+    """A given axis that the graph never reduces over and that splits attention is a mistake: say so."""
+    axis = known.axis
+    if options.axes and groups and not any(axis.owns(g) for g in groups) and not repeats_attention(known):
+        raise AxisError(
+            f"axis {axis.name!r} has ranks {list(axis.ranks)}, and no all-reduce of the graph runs over them "
+            f"(its groups: {sorted(groups)}); give the group that the model was sharded over"
+        )
 
 
 def _rewrite(
@@ -218,6 +219,7 @@ def _rewrite_axis(
     """Split every variant by the intervals of this axis's plan for it."""
     found: list[Variant] = []
     plans = []
+    original = structure_fingerprint(result.original)
     for variant in variants:
         names, values, kinds = unique_names(inputs), [i.value for i in inputs], [i.kind for i in inputs]
         facts = runner.run(
@@ -231,15 +233,16 @@ def _rewrite_axis(
             for p, f, i in zip(placeholders, facts.inputs, inputs, strict=True)
         }
         known: Annotation = runner.run("annotate", annotate, variant.gm, axis, same, facts.rank_dependent)
-        reason = _unplaceable(known)
+        _check_axis(known, options, {ar.group_name for ar in find_all_reduces(variant.gm)})
+        reason = _unplaceable(known, options.strategy)
         if reason:
             result.refused[axis.name] = reason
             result.unplaced += [_kept(w.name, axis.name, reason) for w in known.all_reduces]
             found.append(variant)
             continue
-        result.tokens = known.tokens
+        result.tokens = result.tokens or known.tokens
         graph = runner.run("problem", build, known, hardware)
-        fingerprint = structure_fingerprint(variant.gm)
+        fingerprint = _identity(original, variant)
         if saved is not None:
             plan = _saved_plan(saved, axis, fingerprint)
         else:
@@ -252,11 +255,25 @@ def _rewrite_axis(
     return found, plans
 
 
-def _unplaceable(known: Annotation) -> str:
-    if known.tokens is None or not known.all_reduces:
-        return f"no sum all-reduce of axis {known.axis.name!r} carries tokens"
+def _identity(original: str, variant: Variant) -> str:
+    """What a plan is for: the graph as it came, and how earlier axes rewrote it. The same on ranks of every axis."""
+    steps = [f"{s.graph.known.axis.name} {s.interval.first}-{s.interval.last}" for s in variant.steps]
+    return " after ".join([original, *steps])
+
+
+def _unplaceable(known: Annotation, strategy: str) -> str:
+    name = known.axis.name
+    if known.tokens is None:
+        return f"no sum all-reduce of axis {name!r} carries tokens, and no vocabulary gather reads any"
     if known.tokens.is_zero:
         return "there are no tokens: nothing to split"
+    repeats = repeats_attention(known)
+    if not known.all_reduces and not repeats:
+        return f"no sum all-reduce of axis {name!r} carries tokens, and no attention is the same on all its ranks"
+    if strategy == "tp" and repeats:
+        return f"strategy='tp', and every rank of axis {name!r} computes all of attention: that is for 'cp' or 'auto'"
+    if strategy == "cp" and not repeats:
+        return f"strategy='cp', and attention is split over axis {name!r}: that is for 'tp', 'hybrid' or 'auto'"
     return ""
 
 
@@ -269,8 +286,9 @@ def _materialise(
     result: Compiled,
     runner: Runner,
 ) -> Variant | None:
-    first = max(variant.first, interval.first)
-    last = min((v for v in (variant.last, interval.last) if v is not None), default=None)
+    begin, end = _range(interval, graph.known.tokens, result.tokens)
+    first = max(variant.first, begin)
+    last = min((v for v in (variant.last, end) if v is not None), default=None)
     if last is not None and last < first:
         return None
     if interval.unchanged:
@@ -294,6 +312,12 @@ def _materialise(
     return Variant(first, last, gm, [*variant.steps, Step(graph, interval, gm.meta["gathers"])])
 
 
+def _range(interval: Interval, count: Expr | None, base: Expr | None) -> tuple[int, int | None]:
+    """The model's token counts at which ``interval`` of an axis's own counts holds."""
+    begin = first_tokens(count, base, interval.first)
+    return begin, None if interval.last is None else first_tokens(count, base, interval.last + 1) - 1
+
+
 def _saved_plan(saved: Plan, axis: Axis, fingerprint: str) -> AxisPlan:
     plans = [p for p in saved.axes if p.axis == axis.name]
     if not plans:
@@ -312,8 +336,8 @@ def _require(result: Compiled, options: Options, variants: Sequence[Variant]) ->
     """Every required pattern is rewritten in some interval, else an error."""
     missing = set(options.require)
     for variant in variants:
-        tokens = variant.steps[-1].interval.at if variant.steps else variant.first
-        rows = [c for s in variant.steps for c in describe(s.graph, s.interval, tokens, s.gathers)]
+        tokens = variant.typical
+        rows = [c for s in variant.steps for c in s.describe(tokens, result.tokens)]
         missing &= set(Report(tokens, collectives=rows).missing(options.require))
     if missing:
         raise RequirementError(

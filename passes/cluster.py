@@ -7,12 +7,31 @@ whole problem, and a minimum cut with the all-reduce's price for its two halves 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
-from cpcompile.passes.mincut import OpChoice, P, Problem, Solution, Use, ValueChoice, cost_of, solve_cut, solve_milp
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_flow
+
+from cpcompile.passes.mincut import (
+    SINK,
+    SOURCE,
+    BoolNode,
+    Edge,
+    OpChoice,
+    P,
+    Problem,
+    Solution,
+    Use,
+    ValueChoice,
+    cost_of,
+    edges_of,
+    solve_milp,
+)
 
 ROUNDS = 6
+UNBOUNDED = 2**31 - 1
 
 
 def solve_clustered(problem: Problem) -> Solution:
@@ -37,7 +56,23 @@ def lower_bound(problem: Problem) -> int:
                 gather = value.reduce * value.gather // halves
                 value = replace(value, scatter=value.reduce - gather, gather=gather)
         values.append(value)
-    return solve_cut(Problem(problem.ops, values, problem.uses)).cost
+    return _flow(edges_of(Problem(problem.ops, values, problem.uses)))
+
+
+def _flow(edges: Sequence[Edge]) -> int:
+    """The maximum flow, rounded down: scipy's is compiled, and takes 32-bit capacities, so they are made coarser."""
+    finite = sum(c for u, _, c in edges if c is not None and u == SOURCE)
+    unit = max(1, -(-finite // 2**30))
+    numbers: dict[BoolNode, int] = {SOURCE: 0, SINK: 1}
+    capacities: dict[tuple[int, int], int] = {}
+    for u, v, capacity in edges:
+        key = numbers.setdefault(u, len(numbers)), numbers.setdefault(v, len(numbers))
+        more = UNBOUNDED if capacity is None else capacity // unit
+        capacities[key] = min(UNBOUNDED, capacities.get(key, 0) + more)
+    rows, columns = zip(*capacities, strict=True) if capacities else ((), ())
+    data = np.fromiter(capacities.values(), np.int32)
+    graph = csr_array((data, (rows, columns)), shape=(len(numbers), len(numbers)), dtype=np.int32)
+    return int(maximum_flow(graph, 0, 1).flow_value) * unit
 
 
 def _colours(problem: Problem) -> list[int]:

@@ -66,12 +66,11 @@ class _Builder:
             self.emitter.meta = {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
             if node not in self.starts and not self._is_view(node):
                 self._visit(node)
+        self.new.eliminate_dead_code()
+        self.new.lint()
         rewritten = fx.GraphModule(self.gm, self.new)
         rewritten.meta.update(self.gm.meta)
         rewritten.meta["gathers"] = self.gathered
-        self.new.eliminate_dead_code()
-        self.new.lint()
-        rewritten.recompile()
         return rewritten
 
     def _is_view(self, node: fx.Node) -> bool:

@@ -52,12 +52,12 @@ def place(graph: PlacementGraph, hardware: HardwareProfile, strategy: str, finge
     Args:
         graph: choices, values and uses.
         hardware: the machine's profile.
-        strategy: ``"auto"`` (best plan per interval of T) or ``"tp"`` (the plan of a large step, at every T).
+        strategy: ``"auto"`` (best plan per interval of T); for all others the plan of a large step, at every T.
         fingerprint: identifies the graph.
     """
     tokens = graph.known.tokens
     static = int(tokens) if tokens is not None and tokens.is_number else None
-    if strategy == "tp":
+    if strategy != "auto":
         free = latency_free(hardware)
         best = _optimum(graph, free, static or LARGE_STEP)
         pieces: list[tuple[int, int | None, Candidate]] = [(0, None, best)]

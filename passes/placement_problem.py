@@ -160,11 +160,12 @@ def _add_row_wise(graph: PlacementGraph, node: fx.Node, outcome: RowWise, costs:
             graph.values[node] = (graph.number[source], costs.bytes_per_token(node))
             graph.origin[node] = node
         return
-    if (op_name(node.target) in VIEWS or outcome.identity) and source in graph.origin:
+    follows = isinstance(outcome.operands.get(source), TokenDim)  # not keys repeated for each query
+    if (op_name(node.target) in VIEWS or outcome.identity) and source in graph.origin and follows:
         graph.origin[node] = graph.origin[source]
         return
     placed = [n for n in outcome.operands if n in graph.origin]
-    if not placed and op_name(node.target) in VIEWS:
+    if not placed and op_name(node.target) in VIEWS and follows:
         return  # a view of something whole: sliced where a shard is wanted
     partial = _may_be_partial(graph, node, placed)
     number = _add_choice(graph, node, costs, partial=partial)

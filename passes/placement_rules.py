@@ -144,26 +144,29 @@ def _first(rule: FirstRule, size_arg: int | None = None) -> Rule:
 
 
 def _aligned(call: Call, out: Shape, operands: list[fx.Node]) -> tuple[TokenDim, dict[fx.Node, Demand]] | Mixing:
-    """Operands broadcast against ``out``: the one dim on which all token-carrying operands agree."""
-    found: TokenDim | None = None
+    """Operands broadcast against ``out``: the dim on which all token-carrying operands agree.
+
+    Where one operand's tokens are queries and another's are keys (``[T, 1] >= [1, T]`` of a causal mask), rows are the
+    queries', which come first, and keys are needed whole.
+    """
+    places: dict[fx.Node, TokenDim] = {}
     for node in operands:
         layout = call.layout(node)
-        if layout is None:
-            continue
-        here = layout.shifted(len(out) - len(call.shape(node)))
-        if call.shape(node)[layout.dim] != out[here.dim]:
-            return Mixing("the token dim is broadcast against a longer one")
-        if found not in (None, here):
-            return Mixing("operands carry their tokens on different dims")
-        found = here
-    if found is None:
+        if layout is not None:
+            here = layout.shifted(len(out) - len(call.shape(node)))
+            if call.shape(node)[layout.dim] != out[here.dim]:
+                return Mixing("the token dim is broadcast against a longer one")
+            places[node] = here
+    if not places:
         return Mixing("no operand carries tokens")
+    found = min(places.values(), key=lambda place: place.dim)
     demands: dict[fx.Node, Demand] = {}
     for node in operands:
         shape = call.shape(node)
         dim = found.dim - (len(out) - len(shape))
-        known = call.layout(node)
-        broadcast = dim < 0 or (known is None and shape[dim] == ONE)
+        broadcast = dim < 0 or (shape[dim] == ONE and places.get(node) != found)
+        if not broadcast and places.get(node, found) != found:
+            return Mixing("operands carry their tokens on different dims")
         demands[node] = None if broadcast else TokenDim(dim, found.outer, found.inner)
     return found, demands
 
@@ -186,9 +189,20 @@ def view(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
     return Mixing("the tokens would be split over several dims") if out is None else out
 
 
-def expand(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
-    out = layout.shifted(len(call.out) - len(shape))
-    return out if call.out[out.dim] == shape[layout.dim] else Mixing("the token dim is expanded")
+def expand(call: Call) -> RowWise | Mixing:
+    """Repeats dims of size 1. Keys repeated for each query (a batched product's other operand) have a row per query."""
+    source = call.tensors[0]
+    layout = call.layout(source)
+    if layout is None:
+        return Mixing("its first operand carries no tokens")
+    by = len(call.out) - len(call.shape(source))
+    for dim in range(layout.dim + by):
+        if call.out[dim] == call.tokens != ONE and (dim < by or call.shape(source)[dim - by] == ONE):
+            return RowWise({source: None}, (TokenDim(dim),), 1)
+    out = layout.shifted(by)
+    if call.out[out.dim] != call.shape(source)[layout.dim]:
+        return Mixing("the token dim is expanded")
+    return RowWise({source: layout}, (out,), 1)
 
 
 def permute(call: Call, shape: Shape, layout: TokenDim) -> TokenDim:
@@ -270,7 +284,7 @@ def norm(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
 
 
 def matmul(call: Call) -> RowWise | Mixing:
-    """``mm``, ``bmm``, ``linear`` and ``addmm``: rows of the left operand, or batches of both."""
+    """``mm``, ``bmm``, ``linear`` and ``addmm``: rows of the left operand (queries), or batches of both."""
     args = [a for a in call.node.args if isinstance(a, fx.Node)]
     if "addmm" in str(call.node.target):
         bias, left, right = args[:3]
@@ -287,7 +301,8 @@ def matmul(call: Call) -> RowWise | Mixing:
     batched = "bmm" in str(call.node.target)
     if a is not None and batched and a.dim == 0 and b in (None, a):
         return RowWise({left: a, right: a}, (a,))
-    if a is not None and b is None and a.dim < ndim - 1:
+    if a is not None and a.dim < ndim - 1 and not (batched and a.dim == 0):
+        # Of two operands with tokens the right one holds keys or values: a row of queries meets all of them.
         return RowWise({left: a, right: None, **others}, (a,))
     if a is None and b is not None and b.dim == ndim - 1 and "linear" not in str(call.node.target):
         return RowWise({left: None, right: b, **others}, (b,)) if not others else Mixing("bias along the tokens")
@@ -303,8 +318,15 @@ def embedding(call: Call) -> RowWise | Mixing:
 
 
 def data_free(call: Call) -> RowWise | Mixing:
-    """Reads only its operand's shape, dtype and device; the result is the same whatever the operand's placement."""
-    return RowWise(dict.fromkeys(call.tensors, UNUSED), (None,) * len(call.shapes[call.node]))
+    """Reads only its operand's shape, dtype and device; the result is the same whatever the operand's placement.
+
+    A constant with a dim of T has its rows there: the first such dim, as queries come before keys.
+    """
+    demands: dict[fx.Node, Demand] = dict.fromkeys(call.tensors, UNUSED)
+    places: tuple[TokenDim | None, ...] = (None,) * len(call.shapes[call.node])
+    if op_name(call.node.target) in CONSTANTS and call.tokens != ONE and call.tokens in call.out:
+        return RowWise(demands, (TokenDim(call.out.index(call.tokens)),), 1)
+    return RowWise(demands, places)
 
 
 def getitem(call: Call) -> RowWise | Mixing:
@@ -326,12 +348,13 @@ _MATH = "DTensor math ops"
 _TENSOR = "DTensor tensor ops"
 _POINTWISE = "torch.Tag.pointwise"
 _OWN = "own: reads no data"
+CONSTANTS = frozenset(f"aten.new_{n}" for n in ("ones", "zeros", "empty", "full"))
 
 RULES: Mapping[str, OpRule] = {
     **{
         f"aten.{n}": OpRule(_first(view, size_arg=1), _VIEW, "homogeneous") for n in ("view", "_unsafe_view", "reshape")
     },
-    "aten.expand": OpRule(_first(expand, size_arg=1), _VIEW, "homogeneous"),
+    "aten.expand": OpRule(expand, _VIEW, "homogeneous"),
     "aten.permute": OpRule(_first(permute), _VIEW, "homogeneous"),
     "aten.transpose": OpRule(_first(transpose), _VIEW, "homogeneous"),
     "aten.t": OpRule(_first(t), _VIEW, "homogeneous"),

@@ -1,12 +1,13 @@
 """Annotate: what one mesh axis's passes must know of a graph before anything is placed.
 
-Token dims by dataflow (from the vocabulary gather's indices and from what the axis all-reduces), replication by
-dataflow from the graph inputs' facts, and each op's class from the table.
+Token dims by dataflow (from the vocabulary gather's indices, from positions counted up to T and from what the axis
+all-reduces), replication by dataflow from the graph inputs' facts, and each op's class from the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,10 +75,12 @@ def annotate(
     shapes = {node: value_shapes(node) for node in gm.graph.nodes}
     all_reduces = {ar.wait: ar for ar in find_all_reduces(gm) if axis.owns(ar.group_name) and ar.reduce_op == "sum"}
     layouts: dict[fx.Node, tuple[TokenDim | None, ...]] = {}
-    tokens: Expr | None = None
-    if (ids := token_placeholder(gm)) is not None:
-        tokens = shapes[ids[0]][0][ids[1]]
+    ids = token_placeholder(gm)
+    tokens = None if ids is None else shapes[ids[0]][0][ids[1]]
+    reduced = _reduced_tokens(tokens, [shapes[wait][0] for wait in all_reduces])
+    if ids is not None and reduced == tokens:
         layouts[ids[0]] = (TokenDim(ids[1]),)
+    tokens = reduced
     known = Annotation(axis, tokens, shapes, layouts, {}, set(), all_reduces)
     starts = {ar.start for ar in all_reduces.values()}
     for node in gm.graph.nodes:
@@ -85,6 +88,8 @@ def annotate(
             known.classes[node] = Mixing("is an all-reduce of this axis")
         elif node in all_reduces:
             _seed_all_reduce(known, all_reduces[node])
+        elif op_name(node.target) == "aten.arange" and shapes[node] == ((known.tokens,),):
+            layouts[node] = (TokenDim(0),)  # positions: whole on every rank, and each rank can take its own
         elif node.op == "call_function" and known.tokens is not None:
             outcome = classify(node, known.tokens, layouts, shapes)
             known.classes[node] = outcome
@@ -93,6 +98,37 @@ def annotate(
         if _is_replicated(node, known, facts, rank_dependent):
             known.replicated.add(node)
     return known
+
+
+def _reduced_tokens(tokens: Expr | None, reduced: Iterable[Shape]) -> Expr | None:
+    """The token count of this axis: the inputs', or where most all-reduces lack that, what most of them have.
+
+    After a rewrite over another axis this axis's all-reduces are of that axis's shards.
+    """
+    shapes = list(reduced)
+    fitting = sum(tokens is not None and row_dim(shape, tokens) is not None for shape in shapes)
+    if 2 * fitting >= len(shapes):
+        return tokens
+    counts = Counter(shape[place.dim] for shape in shapes if (place := row_dim(shape, None)) is not None)
+    return counts.most_common(1)[0][0] if counts else tokens
+
+
+def repeats_attention(known: Annotation) -> bool | None:
+    """Whether every rank of the axis computes all of attention; None where no attention is seen.
+
+    Attention is a product of token-carrying values, or an op of this project's own.
+    """
+    found = [
+        node
+        for node, outcome in known.classes.items()
+        if isinstance(outcome, RowWise)
+        and op_name(node.target) in PRODUCTS_OF_TOKENS
+        and sum(any(known.layouts.get(n, ())) for n in outcome.operands) > 1
+    ]
+    return all(node in known.replicated for node in found) if found else None
+
+
+PRODUCTS_OF_TOKENS = frozenset({"aten.mm", "aten.bmm", "cpcompile.sparse_attention"})
 
 
 def _seed_all_reduce(known: Annotation, ar: AllReduce) -> None:

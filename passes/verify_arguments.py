@@ -29,6 +29,8 @@ ARITHMETIC: Mapping[object, Callable[..., Any]] = {
     torch.sym_max: lambda a, b: Max(a, b),
 }
 NO_DATA = frozenset(f"aten::new_{n}" for n in ("ones", "zeros", "empty", "full", "empty_strided"))
+# Alike in every row of a dim that their size argument alone makes.
+REPEATING = (NO_DATA - {"aten::new_empty_strided"}) | {"aten::expand"}
 VIEWS = frozenset({"aten::view", "aten::_unsafe_view", "aten::reshape"})
 REORDERED = frozenset(f"aten::{n}" for n in ("permute", "t", "transpose", "unsqueeze", "squeeze"))
 IDENTITIES = frozenset({"aten::clone", "aten::contiguous", "aten::alias", "aten::detach"})
@@ -175,7 +177,7 @@ class Arguments:
             args = (node.args[0], found["dim"] % len(at[node.args[0]][1]), found["start"] or 0, end, found["step"])  # type: ignore[index]
         elif self.reads_no_data(node):
             value = node.args[0].meta["val"]  # type: ignore[union-attr]
-            args = (value.dtype, value.device, *args[1:])
+            args = (value.dtype, value.device, sizes or args[1], *args[2:])
         frozen = tuple([self._freeze(a, at) for a in args])
         kwargs = tuple([(k, self._freeze(v, at)) for k, v in sorted(node.kwargs.items())])
         if name.startswith("_c10d_functional::"):

@@ -20,8 +20,19 @@ import torch.fx as fx
 
 from cpcompile.axes import Axis
 from cpcompile.passes.collectives import is_wait
-from cpcompile.passes.verify_arguments import Arguments, Refused, View, communicates, op_name
-from cpcompile.passes.verify_index import Rows, Shape, Split, product, row_major, same, shape, tensor_shape, times
+from cpcompile.passes.verify_arguments import REPEATING, Arguments, Refused, View, communicates, op_name
+from cpcompile.passes.verify_index import (
+    Rows,
+    Shape,
+    Split,
+    divide,
+    product,
+    row_major,
+    same,
+    shape,
+    tensor_shape,
+    times,
+)
 from cpcompile.passes.verify_moves import Mover, Value, whole
 from cpcompile.passes.verify_numbering import Numbering
 from cpcompile.passes.verify_rules import Call, is_linear, rows_of
@@ -154,7 +165,13 @@ class _Prover:
             found = self.moves.describe(others[bad])
             raise Refused(f"expected {bad} whole or as rows; found {found}: drop the pad rows first")
         if not rows or self.numbering.reads_no_data(node):
-            return [self._on_wholes(node, others)]
+            repeated = self._repeated(node, others)
+            try:
+                return [self._on_wholes(node, others), *repeated]
+            except Refused:
+                if not repeated:
+                    raise
+                return repeated
         return self._on_rows(node, rows, others)
 
     def _on_wholes(self, node: fx.Node, at: Mapping[fx.Node, Value]) -> tuple[Value, ...]:
@@ -199,6 +216,27 @@ class _Prover:
                 reason = max(reason, refused, key=lambda r: r.specific)
         if not found:
             raise reason
+        return found
+
+    def _repeated(self, node: fx.Node, at: Mapping[fx.Node, Value]) -> list[tuple[Value, ...]]:
+        """This rank's rows of what is alike in every row: a constant, or one row of a whole value, expanded."""
+        if op_name(node.target) not in REPEATING:
+            return []
+        sizes = tuple(self.numbering.arguments(node)["size"])
+        reads = () if self.numbering.reads_no_data(node) else tuple(at.values())
+        if any(v.partial or not v.whole for v in reads):
+            return []
+        found: list[tuple[Value, ...]] = []
+        for dim, size in enumerate(sizes):
+            outer = divide(size, self.split.local)
+            source = [shape(v.dims)[dim - len(sizes) :][:1] for v in reads if dim >= len(sizes) - len(v.dims)]
+            if outer is None or size == -1 or any(s != (1,) for s in source):
+                continue
+            wanted = (*sizes[:dim], times(outer, self.split.tokens), *sizes[dim + 1 :])
+            views = self._found(node, {n: (v.content, v.dims) for n, v in at.items()}, wanted)
+            if views is not None and self.original.replicated[views[0][0]] and -1 not in sizes:
+                pre, post = times(product(sizes[:dim]), outer), product(sizes[dim + 1 :])
+                found.append((Value(((views[0][0], post),), row_major(sizes), "L", pre, post),))
         return found
 
     def _found(self, node: fx.Node, at: Mapping[fx.Node, View], sizes: Shape | None = None) -> tuple[View, ...] | None:

@@ -179,15 +179,20 @@ def test_every_all_reduce_is_scattered() -> None:
 
 
 def test_only_the_latent_is_gathered_before_attention() -> None:
-    """Attention gathers 1536 + 512 + 64 elements at once, the MLP the hidden row; the last gather is the logits'."""
+    """Attention gathers 1536 + 512 + 64 elements at once, the MLP the hidden row; the last gather is the logits'.
+
+    The router of the MoE layer, the last, runs on shards: its experts' scores are gathered.
+    """
     _, compiled = real_sizes()
     down, latent, hidden = (
         ("reduce_scatter_tensor", HIDDEN),
         ("all_gather_into_tensor", LATENT),
         ("all_gather_into_tensor", HIDDEN),
     )
-    logits = ("all_gather_into_tensor", 129280)
-    assert of_axis(compiled.at(TOKENS).gm) == [down, *[latent, down, hidden, down] * LAYERS, hidden, logits]
+    scores, logits = ("all_gather_into_tensor", 256), ("all_gather_into_tensor", 129280)
+    dense = [latent, down, hidden, down]
+    moe = [latent, down, scores, hidden, down]
+    assert of_axis(compiled.at(TOKENS).gm) == [down, *dense * (LAYERS - 1), *moe, hidden, logits]
 
 
 def test_the_attention_half_sends_a_third_less() -> None:
@@ -250,7 +255,8 @@ def test_a_second_run_rewrites_nothing() -> None:
     options = Options.parse({"profile": "ascend-a3", "replicated": REPLICATED})
     again = compile_graph(gm, trace.inputs, options, lambda _: OfflineExchange(SIZE), compiled.axes)
     assert not again.rewritten and not again.plan.axes and len(again.variants) == 1
-    assert again.refused == {"tp": "no sum all-reduce of axis 'tp' carries tokens"}
+    why = "no sum all-reduce of axis 'tp' carries tokens, and no attention is the same on all its ranks"
+    assert again.refused == {"tp": why}
     assert of_axis(again.variants[0].gm) == of_axis(compiled.at(TOKENS).gm)
     assert Canonicalise()(gm).rewrites == 0  # compile_graph canonicalised it
 
