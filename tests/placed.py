@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,8 +89,9 @@ def traced(model: Any, size: int, shape: Sequence[int], rank: int = 0) -> tuple[
         return capture(model(mesh), torch.zeros(tuple(shape), dtype=torch.int64)), axis_of("tp", mesh)
 
 
-def layer(size: int = 4, shape: Sequence[int] = (12,), rank: int = 0, **facts: bool) -> Annotated:
-    """The layer, annotated; ``facts`` says of inputs, by their names, what is otherwise."""
+@functools.cache
+def layer(size: int = 4, shape: tuple[int, ...] = (12,), rank: int = 0, **facts: bool) -> Annotated:
+    """The layer, annotated, to be read only; ``facts`` says of inputs, by their names, what is otherwise."""
     return annotated(*traced(lambda mesh: Layer(mesh, rank, size), size, shape, rank), **facts)
 
 
