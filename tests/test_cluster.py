@@ -102,3 +102,18 @@ def test_what_a_use_demands_makes_a_kind() -> None:
 
     assert len(set(_colours(of(WHOLE)))) == 1
     assert len(set(_colours(of((S, S, S))))) == 2
+
+
+def test_two_readers_of_one_value_that_demand_otherwise_are_two_kinds() -> None:
+    ops = [OpChoice("a", (None, 1, 2)), *[OpChoice(name, (None, 3, 4)) for name in "bcd"]]
+    uses = [Use(0, 1, ROW_WISE), Use(0, 2, WHOLE), Use(0, 3, ROW_WISE)]
+    _, b, c, d = _colours(Problem(ops, [ValueChoice(0, None, 3, None)], uses))
+    assert b == d != c
+
+
+def test_the_bound_of_an_all_reduce_that_is_cheaper_than_its_halves() -> None:
+    """All-reduced and computed whole, 5 + 4. The halves' prices alone lead to shards, 5 + 0 + 10: no bound."""
+    ops = [OpChoice("all-reduce", (0, None, None)), OpChoice("norm", (None, 0, 4))]
+    values = [ValueChoice(0, 10, 10, 5), ValueChoice(1, None, 10, None)]
+    problem = Problem(ops, values, [Use(0, 1, ROW_WISE), Use(1, None, WHOLE)])
+    assert lower_bound(problem) == brute_force(problem) == 9
