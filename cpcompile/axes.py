@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,10 +59,16 @@ def axis_of(name: str, group: object) -> Axis:
     """
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
+            known = name in (group.mesh_dim_names or ())
             raise AxisError(
-                f"axis {name!r}: the mesh has dims {group.mesh_dim_names}; give one of them: mesh[{name!r}]"
+                f"axis {name!r}: the mesh has {group.ndim} dims, named {group.mesh_dim_names}; "
+                f"give one of them: {f'mesh[{name!r}]' if known else 'mesh.get_group(dim)'}"
             )
+        if group.get_coordinate() is None:
+            raise AxisError(_not_in(name, f" {group.mesh.tolist()}"))
         group = group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returns on the ranks that it leaves out
+        raise AxisError(_not_in(name))
     if isinstance(group, str):
         try:
             group = resolve_group(group)
@@ -76,11 +82,12 @@ def axis_of(name: str, group: object) -> Axis:
         )
     ranks = tuple(dist.get_process_group_ranks(group))
     rank = dist.get_rank()
-    if rank not in ranks:
-        raise AxisError(
-            f"axis {name!r}: rank {rank} is not in its group {list(ranks)}; give the group that this rank is in"
-        )
+    assert rank in ranks, f"rank {rank} holds a group of ranks {ranks}"
     return Axis(name, group.group_name, len(ranks), ranks.index(rank), ranks)
+
+
+def _not_in(name: str, ranks: str = "") -> str:
+    return f"axis {name!r}: rank {dist.get_rank()} is not in its group{ranks}; give the group that this rank is in"
 
 
 def find_axes(group_names: Iterable[str], given: Mapping[str, Any], meshes: Iterable[DeviceMesh] = ()) -> list[Axis]:
@@ -89,7 +96,8 @@ def find_axes(group_names: Iterable[str], given: Mapping[str, Any], meshes: Iter
     Args:
         group_names: groups of the graph's all-reduces, in graph order.
         given: the ``axes`` option.
-        meshes: device meshes seen among the inputs; an axis is called after the mesh dim with its ranks.
+        meshes: device meshes seen among the inputs; an axis is called after the mesh dim with its ranks, a second
+            one over the same ranks after its group.
 
     Raises:
         AxisError: a given axis is not valid, or two of them are the same group.
@@ -110,13 +118,15 @@ def find_axes(group_names: Iterable[str], given: Mapping[str, Any], meshes: Iter
         except AxisError:
             continue  # its collectives are listed as not understood
         if axis.size > 1:
-            axes.append(_named(axis, meshes))
+            axes.append(_named(axis, meshes, {a.name for a in axes}))
     return axes
 
 
-def _named(axis: Axis, meshes: Iterable[DeviceMesh]) -> Axis:
+def _named(axis: Axis, meshes: Iterable[DeviceMesh], taken: Collection[str]) -> Axis:
     for mesh in meshes:
+        if mesh.get_coordinate() is None:
+            continue  # this rank has no group of it
         for dim, name in enumerate(mesh.mesh_dim_names or ()):
-            if tuple(dist.get_process_group_ranks(mesh.get_group(dim))) == axis.ranks:
+            if name not in taken and tuple(dist.get_process_group_ranks(mesh.get_group(dim))) == axis.ranks:
                 return Axis(name, axis.group_name, axis.size, axis.rank, axis.ranks)
     return axis

@@ -35,7 +35,7 @@ UNBOUNDED = 2**31 - 1
 
 
 def solve_clustered(problem: Problem) -> Solution:
-    """One label per kind of op, by the integer programme; or the plain cut, where that is better."""
+    """One label per kind of op, by the integer programme. States no bound: see :func:`lower_bound`."""
     colours = _colours(problem)
     small = _quotient(problem, colours)
     chosen = solve_milp(small).labels

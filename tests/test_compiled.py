@@ -1,0 +1,65 @@
+"""The outcome of the pipeline: which variant runs, and how the token count is read off a call's inputs."""
+
+from __future__ import annotations
+
+import pytest
+import sympy
+import torch
+import torch.fx as fx
+from placed import layer
+
+from cpcompile.compiled import Compiled, Variant, token_reader
+from cpcompile.passes.token_layout import product
+from cpcompile.plan import Plan
+
+
+def compiled() -> Compiled:
+    gm = layer().gm
+    return Compiled(gm, [Variant(0, 4, gm), Variant(5, 9, gm), Variant(10, None, gm)], Plan())
+
+
+@pytest.mark.parametrize(("tokens", "first"), [(0, 0), (4, 0), (5, 5), (9, 5), (10, 10), (10**9, 10)])
+def test_the_variant_that_holds(tokens: int, first: int) -> None:
+    assert compiled().at(tokens).first == first
+
+
+def test_without_steps_nothing_is_rewritten_and_the_report_is_of_the_graph_as_it_came() -> None:
+    found = compiled()
+    report = found.report(7)
+    assert not found.rewritten and report.tokens == 7 and report.collectives == []
+    assert report.nodes_before == report.nodes_after == len(found.original.graph.nodes)
+    assert report.verify == {"proofs": [], "holds": True}
+    found.proofs = [{"holds": True}, {"holds": False}]
+    assert not found.report(7).verify["holds"]
+
+
+@pytest.mark.parametrize(("shape", "real"), [((12,), (7,)), ((3, 12), (5, 7)), ((1, 12), (1, 7))])
+def test_the_token_count_is_read_off_a_size_that_is_passed(shape: tuple[int, ...], real: tuple[int, ...]) -> None:
+    found = layer(shape=shape)
+    read = token_reader(found.gm, found.known.tokens)
+    assert read is not None
+    sizes = {f"L['ids'].size()[{dim}]": size for dim, size in enumerate(real)}
+    assert read([sizes.get(i.name) for i in found.trace.inputs]) == 7
+
+
+def test_the_token_count_is_read_off_the_ids_where_no_size_is_passed() -> None:
+    found = layer(shape=(3, 12))
+    gm = fx.GraphModule({}, fx.Graph())
+    ids = next(
+        n.meta["val"]
+        for n in found.gm.graph.find_nodes(op="placeholder")
+        if getattr(n.meta["val"], "dtype", None) == torch.int64
+    )
+    for name, value in (("weight", torch.ones(7, 7)), ("mesh", object()), ("ids", ids)):
+        gm.graph.placeholder(name).meta["val"] = value
+    read = token_reader(gm, found.known.tokens)
+    assert read is not None and read([None, None, torch.zeros(5, 9)]) == 9
+
+
+def test_a_static_or_unreadable_count_has_no_reader() -> None:
+    found = layer()
+    assert token_reader(found.gm, None) is None
+    assert token_reader(found.gm, sympy.Integer(12)) is None
+    assert token_reader(found.gm, sympy.Symbol("elsewhere")) is None
+    assert found.known.tokens is not None
+    assert token_reader(found.gm, product([found.known.tokens, sympy.Integer(2)])) is None

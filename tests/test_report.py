@@ -1,0 +1,64 @@
+"""The report as data: totals, and which patterns of ``require`` are met."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from cpcompile.report import REWRITTEN, Collective, PassRun, Report
+
+ROW = Collective(
+    "wait_tensor",
+    "all_reduce",
+    "tp",
+    "layers.0.mlp.down_proj",
+    "scatter",
+    "reduce_scatter",
+    12,
+    6,
+    "12*T",
+    "6*T",
+    "why",
+)
+GATHER = replace(ROW, name="mul", kind="all_gather", module="", decision="gather", elements_before=0, elements_after=5)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matches"),
+    [
+        ("wait_tensor", True),
+        ("layers.0.mlp.down_proj", True),
+        ("*down_proj", True),
+        ("layers.?.mlp.*", True),
+        ("down_proj", False),
+        ("*DOWN_PROJ", False),
+        ("", False),
+    ],
+)
+def test_a_pattern_is_of_the_whole_name_or_the_whole_module(pattern: str, matches: bool) -> None:
+    assert ROW.matches(pattern) == matches
+
+
+@pytest.mark.parametrize("decision", ["scatter", "merge", "sink", "keep", "gather"])
+def test_only_a_rewritten_all_reduce_meets_a_requirement(decision: str) -> None:
+    report = Report(8, collectives=[replace(ROW, decision=decision)])
+    assert report.missing(["*down_proj"]) == ([] if decision in REWRITTEN else ["*down_proj"])
+    assert (decision in REWRITTEN) == (decision not in ("keep", "gather"))
+
+
+def test_every_pattern_that_nothing_meets_is_missing() -> None:
+    assert Report(8, collectives=[ROW, GATHER]).missing(["*nope", "*down_proj", "mul"]) == ["*nope", "mul"]
+    assert Report(8).missing([]) == []
+
+
+def test_totals_and_plain_data() -> None:
+    run = PassRun("place", 0.5, 2, (("add", "why not"),))
+    data = Report(8, 20, 30, [ROW, GATHER], passes=[run]).to_dict()
+    assert data["volume"] == {"before": 12, "after": 11}
+    assert data["graph"] == {"nodes_before": 20, "nodes_after": 30}
+    assert json.loads(json.dumps(data))["passes"] == [
+        {"name": "place", "seconds": 0.5, "rewrites": 2, "refusals": [["add", "why not"]]}
+    ]
+    assert data["collectives"][0]["reason"] == "why"
