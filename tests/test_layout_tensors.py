@@ -81,7 +81,7 @@ def traced(fn: Callable[..., object], *inputs: Tensor) -> fx.GraphModule:
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize(("kind", "ranks"), list(itertools.product(VIEWS, [1, 2, 3, 8])))
+@pytest.mark.parametrize(("kind", "ranks"), list(itertools.product(VIEWS, [1, 3, 8])))
 def test_one_graph_of_views_serves_every_token_count(kind: str, ranks: int, dim: int) -> None:
     """Traced at 10 tokens; run from none on."""
 
