@@ -18,6 +18,10 @@ class AxisError(CpcompileError):
     """A mesh axis, a process group and the graph do not agree."""
 
 
+class LayoutError(CpcompileError):
+    """A token layout cannot be made from these arguments, or does not apply to these requests."""
+
+
 class PlanError(CpcompileError):
     """A saved plan cannot be read, or does not belong to this graph."""
 

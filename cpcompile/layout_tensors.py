@@ -1,0 +1,149 @@
+"""The layouts of ``cpcompile.layouts`` inside a graph: no ``.item()``, no shape that depends on data, any token count.
+
+``split_rows`` and ``restore_rows`` serve one request (or a batch, for the layouts that ignore requests) with views.
+``index_tensors`` serves batches whose query lengths are a tensor on the device.
+
+Trace them where ``torch.fx.experimental._config.backed_size_oblivious`` holds: one graph then serves every T, and its
+only guard is one that holds for all of them. Elsewhere torch guards on "one row per rank" and on "T divides".
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cpcompile.errors import LayoutError
+from cpcompile.layouts import check_kind, check_rank
+
+
+class IndexTensors(NamedTuple):
+    """Index maps of a batch.
+
+    Args:
+        split: token of each row, int64 [ranks, m]; 0 in pad rows.
+        valid: whether a row holds a token, bool [ranks, m].
+        restore: row of each token among the ``ranks * m`` gathered rows, int64 [tokens]; 0 past the batch's last token.
+    """
+
+    split: Tensor
+    valid: Tensor
+    restore: Tensor
+
+
+def split_rows(x: Tensor, dim: int, rank: int, ranks: int, kind: str) -> Tensor:
+    """A replicated tensor's rows that ``rank`` owns: T rows of ``dim`` -> m rows, the pad rows zero.
+
+    ``m`` is ``ceil(T/ranks)`` for contiguous and interleave; zigzag takes the batch for one request and pads it to
+    equal blocks: ``2*ceil(T/(2*ranks))``. Any T, 0 included. Built from pad, view, select and cat.
+
+    Raises:
+        LayoutError: the kind is unknown or needs the requests' lengths (sp), or rank or ranks is out of range.
+    """
+    _check_views(kind, ranks)
+    check_rank(rank, ranks)
+    dim %= x.dim()
+    blocks = 2 * ranks if kind == "zigzag" else ranks
+    size = (x.shape[dim] + blocks - 1) // blocks
+    x = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, size * blocks - x.shape[dim]))
+    if kind == "interleave":
+        return _unflatten(x, dim, size, blocks).select(dim + 1, rank)
+    x = _unflatten(x, dim, blocks, size)
+    if kind == "contiguous":
+        return x.select(dim, rank)
+    return torch.cat([x.select(dim, rank), x.select(dim, blocks - 1 - rank)], dim)
+
+
+def restore_rows(gathered: Tensor, dim: int, ranks: int, kind: str, tokens: int) -> Tensor:
+    """What ``split_rows`` split, from all ranks' rows in rank order: ``ranks * m`` rows of ``dim`` -> ``tokens`` rows.
+
+    Built from view, transpose, flip, cat and slice; contiguous is a slice alone.
+
+    Raises:
+        LayoutError: the kind is unknown or needs the requests' lengths (sp), or ranks is out of range.
+    """
+    _check_views(kind, ranks)
+    dim %= gathered.dim()
+    local = gathered.shape[dim] // ranks
+    if kind == "interleave":
+        # A clone, not reshape's choice between view and copy: that would guard on local != 1.
+        mixed = _unflatten(gathered, dim, ranks, local).transpose(dim, dim + 1)
+        gathered = mixed.clone(memory_format=torch.contiguous_format).flatten(dim, dim + 1)
+    if kind == "zigzag":
+        halves = _unflatten(gathered, dim, ranks, 2, local // 2)
+        early, late = halves.select(dim + 1, 0), halves.select(dim + 1, 1).flip(dim)
+        gathered = torch.cat([early, late], dim).flatten(dim, dim + 1)
+    return gathered.narrow(dim, 0, tokens)
+
+
+def _unflatten(x: Tensor, dim: int, *sizes: int) -> Tensor:
+    return x.reshape((*x.shape[:dim], *sizes, *x.shape[dim + 1 :]))
+
+
+def _check_views(kind: str, ranks: int) -> None:
+    check_kind(kind, ranks)
+    if kind == "sp":
+        raise LayoutError("sp needs the requests' lengths; found only rows: use index_tensors, or 'contiguous'")
+
+
+def index_tensors(query_lengths: Tensor, tokens: int, ranks: int, kind: str, rows: int | None = None) -> IndexTensors:
+    """Index maps of a batch on the device of ``query_lengths``; the values of ``TokenLayout`` without padded requests.
+
+    Args:
+        query_lengths: new tokens of each request, integers [N], N >= 1.
+        tokens: their sum T, or a bound on it (a batch padded at its end for graph replay). contiguous splits the bound.
+        ranks: how many ranks share the batch.
+        kind: one of ``KINDS``.
+        rows: m, if the caller knows it. By default what the shapes promise: ``ceil(tokens/ranks)``, and where every
+            request is cut (sp, zigzag) ``(tokens + N*(ranks-1)) // ranks``. A token that has no row because ``rows`` is
+            too small gets the restore index ``ranks * m``, which no indexing accepts.
+
+    Raises:
+        LayoutError: the kind is unknown, ranks is out of range, or the lengths are not an integer vector.
+    """
+    check_kind(kind, ranks)
+    if query_lengths.dim() != 1 or query_lengths.is_floating_point() or query_lengths.shape[0] < 1:
+        found = f"{query_lengths.dtype} {list(query_lengths.shape)}"
+        raise LayoutError(f"expected query lengths as integers [N], N >= 1; found {found}: pass one length per request")
+    lengths = query_lengths.long()
+    spread = (lengths.shape[0] if kind in ("sp", "zigzag") else 1) * (ranks - 1)
+    m = (tokens + spread) // ranks if rows is None else rows
+    start, length = _segments(lengths, tokens, ranks, kind)
+    ends = length.cumsum(1)
+    row = torch.arange(m, device=lengths.device).repeat(ranks, 1)
+    segment = torch.searchsorted(ends, row, right=True).clamp(max=ends.shape[1] - 1)
+    step = ranks if kind == "interleave" else 1
+    token = start.gather(1, segment) + step * (row - (ends - length).gather(1, segment))
+    valid = row < ends[:, -1:]
+    return IndexTensors(torch.where(valid, token, 0), valid, _restore(token, valid, lengths.sum(), tokens))
+
+
+def _segments(lengths: Tensor, tokens: int, ranks: int, kind: str) -> tuple[Tensor, Tensor]:
+    """First token and length of each rank's segments in local order, int64 [ranks, segments]."""
+    rank = torch.arange(ranks, device=lengths.device).unsqueeze(1)
+    if kind == "contiguous":
+        m = (tokens + ranks - 1) // ranks
+        return rank * m, (lengths.sum() - rank * m).clamp(0, m)
+    if kind == "interleave":
+        return rank, (lengths.sum() - rank + ranks - 1) // ranks
+    blocks = [(rank, ranks)] if kind == "sp" else [(rank, 2 * ranks), (2 * ranks - 1 - rank, 2 * ranks)]
+    cuts = [_cut(lengths, index, count) for index, count in blocks]
+    return torch.cat([start for start, _ in cuts], 1), torch.cat([length for _, length in cuts], 1)
+
+
+def _cut(lengths: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Block ``index`` [ranks, 1] of ``count`` of every request [N]; the first ones are longer by one token."""
+    base, extra = lengths // count, lengths % count
+    first = lengths.cumsum(0) - lengths
+    return first + index * base + torch.minimum(index, extra), base + (index < extra)
+
+
+def _restore(token: Tensor, valid: Tensor, total: Tensor, tokens: int) -> Tensor:
+    """Row of each token. Pad rows write to a slot of their own, past the last token, which is dropped."""
+    count = token.numel()
+    slot = torch.where(valid, token, tokens).flatten()
+    row = torch.arange(count, device=token.device)
+    found = torch.full((tokens + 1,), count, dtype=torch.int64, device=token.device).scatter(0, slot, row)[:tokens]
+    return torch.where(torch.arange(tokens, device=token.device) < total, found, 0)
