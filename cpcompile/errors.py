@@ -18,6 +18,10 @@ class AxisError(CpcompileError):
     """A mesh axis, a process group and the graph do not agree."""
 
 
+class GroupError(CpcompileError):
+    """Sizes of parallel groups do not fit together, or a group of that kind does not exist."""
+
+
 class PlanError(CpcompileError):
     """A saved plan cannot be read, or does not belong to this graph."""
 
