@@ -268,6 +268,12 @@ def test_what_nobody_gave():
     assert rank_groups(Sizes(world=16), "cann-recipes").sizes.attn_dp == 16
     assert rank_groups(Sizes(dp=4, attn_tp=2), "sglang").sizes.tp == 8
     assert rank_groups(Sizes()).world == 1
+    # Module groups run along dp, or are contiguous in cann-recipes.
+    assert rank_groups(Sizes(tp=8, attn_tp=2, o_proj=4), "cann-recipes")["o_proj"].groups == (
+        (0, 1, 2, 3),
+        (4, 5, 6, 7),
+    )
+    assert rank_groups(Sizes(tp=8, attn_tp=2, o_proj=4), "sglang")["o_proj"].groups == ((0, 2, 4, 6), (1, 3, 5, 7))
 
 
 # ---- mistakes of vllm-ascend's parallel_state.py (December 2025), and what is right ---------------------------------
