@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from cpcompile.cli_groups import groups
 from cpcompile.costs import PROFILES
 from cpcompile.errors import CpcompileError
 
@@ -195,6 +196,9 @@ def plan_diff(first: Path, second: Path) -> None:
         typer.echo(line)
     if lines:
         raise typer.Exit(1)
+
+
+app.command()(one_line_errors(groups))
 
 
 @contextmanager

@@ -22,6 +22,10 @@ class LayoutError(CpcompileError):
     """A token layout cannot be made from these arguments, or does not apply to these requests."""
 
 
+class GroupError(CpcompileError):
+    """Sizes of parallel groups do not fit together, or a group of that kind does not exist."""
+
+
 class PlanError(CpcompileError):
     """A saved plan cannot be read, or does not belong to this graph."""
 
