@@ -8,8 +8,8 @@ for efficient record segmentation in large shared databases", 1976): the interva
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
 from cpcompile.costs import PICOSECONDS, HardwareProfile
 from cpcompile.passes.cluster import lower_bound, solve_clustered
@@ -89,9 +89,16 @@ def _solve(problem: Problem) -> Solution:
 
 
 def _cost_function(
-    graph: PlacementGraph, hardware: HardwareProfile, labels: tuple[int, ...], raises: tuple[str, ...]
+    graph: PlacementGraph,
+    hardware: HardwareProfile,
+    labels: tuple[int, ...],
+    raises: tuple[str, ...],
+    left_out: Collection[int] = (),
 ) -> Callable[[int], float]:
-    """Seconds of a labelling in T: a polynomial for whole values, and one for what a shard's padding stretches."""
+    """Seconds of a labelling in T: a polynomial for whole values, and one for what a shard's padding stretches.
+
+    Choices whose numbers are ``left_out`` count nothing.
+    """
     size = graph.known.axis.size
     whole: list[float] = [0.0, 0.0, 0.0, 0.0]
     stretched: list[float] = [0.0, 0.0, 0.0, 0.0]
@@ -100,8 +107,8 @@ def _cost_function(
         for power, c in enumerate(polynomial):
             to[min(power + shift, 3)] += c * factor
 
-    for choice, label in zip(graph.choices, labels, strict=True):
-        if not choice.reduced:
+    for number, (choice, label) in enumerate(zip(graph.choices, labels, strict=True)):
+        if not choice.reduced and number not in left_out:
             add(stretched if label == S else whole, choice.seconds, 1 / size if label == S else 1.0)
     for (_, per_token), route in zip(graph.values.values(), raises, strict=True):
         if route == "reduce":
@@ -137,11 +144,20 @@ def _intervals(graph: PlacementGraph, hardware: HardwareProfile) -> list[tuple[i
         if best.seconds(middle) < min(a.seconds(middle), b.seconds(middle)) * (1 - 1e-9):
             found[middle] = best
             pending += [(low, middle), (middle, high)]
-    return _fewer([found[t] for t in sorted(found)])
+    candidates = [found[t] for t in sorted(found)]
+    # What all of them compute alike says nothing of which to keep, and with attention's T*T would drown the rest.
+    labels = zip(*(c.solution.labels for c in candidates), strict=True)
+    alike = {number for number, each in enumerate(labels) if len(set(each)) == 1}
+    return _fewer(
+        [replace(c, seconds=_cost_function(graph, hardware, c.solution.labels, c.raises, alike)) for c in candidates]
+    )
 
 
 def _fewer(candidates: list[Candidate]) -> list[tuple[int, int | None, Candidate]]:
-    """Drop candidates that gain less than ``WORTH_A_GRAPH`` wherever they are best: each is a graph to compile."""
+    """Drop candidates that gain less than ``WORTH_A_GRAPH`` wherever they are best: each is a graph to compile.
+
+    The gain is relative to the time of collectives and of what the candidates compute differently.
+    """
     while True:
         pieces = _envelope(candidates)
         regrets = [

@@ -116,15 +116,16 @@ def _reduced_tokens(tokens: Expr | None, reduced: Iterable[Shape]) -> Expr | Non
 def repeats_attention(known: Annotation) -> bool | None:
     """Whether every rank of the axis computes all of attention; None where no attention is seen.
 
-    Attention is a product of token-carrying values, or an op of this project's own.
+    Attention is a product of two values that depend on tokens, or an op of this project's own.
     """
-    found = [
-        node
-        for node, outcome in known.classes.items()
-        if isinstance(outcome, RowWise)
-        and op_name(node.target) in PRODUCTS_OF_TOKENS
-        and sum(any(known.layouts.get(n, ())) for n in outcome.operands) > 1
-    ]
+    from_tokens: set[fx.Node] = set()
+    found = []
+    for node in known.shapes:
+        operands = [n for n in node.all_input_nodes if n in from_tokens]
+        if operands or known.layouts.get(node):
+            from_tokens.add(node)
+        if len(operands) > 1 and op_name(node.target) in PRODUCTS_OF_TOKENS:
+            found.append(node)
     return all(node in known.replicated for node in found) if found else None
 
 

@@ -52,7 +52,7 @@ def tensor_shape(value: torch.Tensor) -> Shape:
 
 @functools.lru_cache(maxsize=65536)
 def _times(a: Size, b: Size) -> Size:
-    return plain(a * b)
+    return plain(sympy.expand(a * b))  # one form, whatever the order: cached and new keys make sums
 
 
 def times(a: Size, b: Size) -> Size:
@@ -73,7 +73,8 @@ def divide(a: Size, b: Size) -> Size | None:
         return None
     if isinstance(a, int) and isinstance(b, int):
         return a // b if a % b == 0 else None
-    numerator, denominator = (sympy.sympify(a) / b).as_numer_denom()
+    ratio = sympy.sympify(a) / b
+    numerator, denominator = (sympy.cancel(ratio) if ratio.has(sympy.Add) else ratio).as_numer_denom()
     return plain(numerator) if denominator == 1 else None
 
 
