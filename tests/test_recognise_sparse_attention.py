@@ -110,18 +110,6 @@ def test_bfloat16_is_as_near_to_the_truth(attention: str) -> None:
     assert 0 < after <= 1.2**2 * before, f"{after**0.5:.2e} against {before**0.5:.2e}"
 
 
-def test_tensor_parallel_ranks() -> None:
-    here = case("v32", 2)
-    graphs = [copied(t) for t in here.ranks.traces]
-    for gm in graphs:
-        Canonicalise()(gm)
-        assert RecogniseSparseAttention()(gm).rewrites == 2
-    for tokens in TOKENS:
-        ids = ids_of(1, tokens)
-        for (logits,) in here.ranks.run(graphs, ids):
-            assert error(logits, here.logits(ids)) <= TOLERANCE
-
-
 def test_a_second_run_rewrites_nothing() -> None:
     gm = copied(traced(2, "eager", 1)[1])
     RecogniseSparseAttention()(gm)
@@ -264,6 +252,20 @@ def halve(node: fx.Node) -> None:
     node.meta["val"] = node.meta["val"].bfloat16()
 
 
+def joined_elsewhere(gm: fx.GraphModule) -> None:
+    """The same queries, joined of 4 and 12 and not of 8 and 8."""
+    whole: Any = attention_bmm(gm, 2).args[0]
+    while whole.target is not aten.cat.default:
+        whole = whole.args[0]
+    parts = [more(whole, aten.slice.Tensor, 3, *ends) for ends in ((0, 4), (4, 16))]
+    for part, (first, last) in zip(parts, ((0, 4), (4, 16)), strict=True):
+        part.meta["val"] = whole.meta["val"][..., first:last]
+    with gm.graph.inserting_after(parts[0]):
+        new = gm.graph.call_function(aten.cat.default, (parts, -1))
+    new.meta["val"] = whole.meta["val"]
+    whole.replace_all_uses_with(new, delete_user_cb=lambda user: user not in parts)
+
+
 CAUSAL = "its mask is not exactly causal (key <= query)"
 UNKNOWN = "its mask is not known to be causal and of a top-k alone"
 REFUSED: list[tuple[str, Callable[[fx.GraphModule], object], str]] = [
@@ -292,6 +294,7 @@ REFUSED: list[tuple[str, Callable[[fx.GraphModule], object], str]] = [
     ("values of their own", other_values, "not parts of one product"),
     ("bent latents", lambda gm: after(key_product(gm), aten.tanh.default), "not projected from latents by a plain"),
     ("rotated whole", lambda gm: after(the(gm, aten.slice_scatter.default, 1), aten.tanh.default), "joined"),
+    ("joined elsewhere", joined_elsewhere, "its queries and keys are joined at different widths"),
     ("a gap in the keys", lambda gm: set_arg(the(gm, aten.slice_scatter.default, 1), 3, 7), "joined"),
 ]  # fmt: skip
 
