@@ -266,6 +266,12 @@ def joined_elsewhere(gm: fx.GraphModule) -> None:
     whole.replace_all_uses_with(new, delete_user_cb=lambda user: user not in parts)
 
 
+def all_chosen(gm: fx.GraphModule) -> None:
+    """True scattered into what is all true."""
+    set_arg(the(gm, aten.scatter.value), 3, True)
+    retarget(the(gm, aten.bitwise_not.default, 1), aten.alias.default)
+
+
 CAUSAL = "its mask is not exactly causal (key <= query)"
 UNKNOWN = "its mask is not known to be causal and of a top-k alone"
 REFUSED: list[tuple[str, Callable[[fx.GraphModule], object], str]] = [
@@ -294,6 +300,8 @@ REFUSED: list[tuple[str, Callable[[fx.GraphModule], object], str]] = [
     ("values of their own", other_values, "not parts of one product"),
     ("bent latents", lambda gm: after(key_product(gm), aten.tanh.default), "not projected from latents by a plain"),
     ("rotated whole", lambda gm: after(the(gm, aten.slice_scatter.default, 1), aten.tanh.default), "joined"),
+    ("a gap after the keys", lambda gm: set_arg(the(gm, aten.slice_scatter.default, 1), 4, 15), "joined"),
+    ("all chosen", all_chosen, UNKNOWN),
     ("joined elsewhere", joined_elsewhere, "its queries and keys are joined at different widths"),
     ("a gap in the keys", lambda gm: set_arg(the(gm, aten.slice_scatter.default, 1), 3, 7), "joined"),
 ]  # fmt: skip
