@@ -147,7 +147,7 @@ def emit(like: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -
         node = graph.call_function(target, args, kwargs)
     node.meta.update({key: like.meta[key] for key in _KEPT_META if key in like.meta})
     if all("val" in n.meta for n in node.all_input_nodes):
-        node.meta["val"] = _fake_value(node)
+        node.meta["val"] = _fake_value(node, like)
     return node
 
 
@@ -178,9 +178,10 @@ def erase(*nodes: fx.Node, collectives: bool = False) -> None:
         node.graph.erase_node(node)
 
 
-def _fake_value(node: fx.Node) -> Any:
+def _fake_value(node: fx.Node, like: fx.Node) -> Any:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    fakes = (n.meta["val"] for n in node.all_input_nodes)
+    # A factory's operands are sizes: its tensor is as fake as the one it is made next to.
+    fakes = (n.meta.get("val") for n in [*node.all_input_nodes, like])
     mode = next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None)
     assert callable(node.target)
     if mode is None:

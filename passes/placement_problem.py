@@ -8,7 +8,7 @@ view. Everything else needs whole operands.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import sympy
@@ -19,7 +19,7 @@ from cpcompile.costs import PICOSECONDS, HardwareProfile
 from cpcompile.passes.mincut import OpChoice, P, Problem, R, S, Use, ValueChoice
 from cpcompile.passes.placement_rules import UNUSED, Mixing, RowWise, find_rule, op_name
 from cpcompile.passes.token_dims import Annotation
-from cpcompile.passes.token_layout import Expr, TokenDim, product
+from cpcompile.passes.token_layout import Expr, Shape, TokenDim, product
 
 # Same elements, other shape: free at any placement. A slice over all tokens counts too.
 VIEWS = frozenset(
@@ -27,6 +27,16 @@ VIEWS = frozenset(
     for n in ("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze")
 )
 _PRODUCTS = frozenset({"aten.mm", "aten.bmm", "aten.linear", "aten.addmm"})
+# FLOPs of an op, from the shapes of its operands and of its result. Ops that are not here only move data.
+_FLOPS: Mapping[str, Callable[[Sequence[Shape], Shape], Expr]] = {
+    **dict.fromkeys(_PRODUCTS - {"aten.addmm"}, lambda shapes, out: 2 * product(out) * shapes[0][-1]),
+    "aten.addmm": lambda shapes, out: 2 * product(out) * shapes[1][-1],
+    # Every key for every row and head; then, of the chosen keys, twice the latent and once the rotated part.
+    "cpcompile.lightning_indexer": lambda shapes, out: 2 * product(shapes[0]) * shapes[1][1],
+    "cpcompile.sparse_attention": lambda shapes, out: (
+        2 * product(shapes[0][:3]) * shapes[2][-1] * (2 * shapes[0][-1] + shapes[3][-1])
+    ),
+}
 # Divided by itself or taken from a scalar, a sum of partial values is no partial value of the result.
 _NUMERATOR_ONLY = frozenset({"aten.div"})
 
@@ -276,10 +286,9 @@ class _Costs:
                 ):
                     if isinstance(tensor, torch.Tensor):
                         moved += product(shape) * tensor.element_size()
-        if op_name(node.target) in _PRODUCTS:
-            left = node.args[1 if op_name(node.target) == "aten.addmm" else 0]
-            assert isinstance(left, fx.Node)
-            flops = 2 * product(self.known.shapes[node][0]) * self.known.shapes[left][0][-1]
+        if op_name(node.target) in _FLOPS:
+            shapes = [self.known.shapes[n][0] for n in node.args if isinstance(n, fx.Node) and self.known.shapes.get(n)]
+            flops = _FLOPS[op_name(node.target)](shapes, self.known.shapes[node][0])
         width = max(len(self.polynomial(moved)), len(self.polynomial(flops)))
         m, f = ((*p, *[0.0] * (width - len(p))) for p in (self.polynomial(moved), self.polynomial(flops)))
         return tuple(self.hardware.compute(a, b) for a, b in zip(f, m, strict=True))

@@ -317,6 +317,22 @@ def embedding(call: Call) -> RowWise | Mixing:
     return RowWise({weight: None, indices: layout}, (layout,))
 
 
+def queries(keys: frozenset[int]) -> Rule:
+    """Row-wise in the queries, ``[B, T, ...]``, and in all but the operands numbered ``keys``, which stay whole."""
+
+    def rule(call: Call) -> RowWise | Mixing:
+        operands = [n for n in call.node.args if isinstance(n, fx.Node) and call.shapes.get(n)]
+        whole = {operands[i] for i in keys}
+        rows = [n for i, n in enumerate(operands) if i not in keys]
+        if whole & set(rows):
+            return Mixing("one value is queries and keys")
+        if call.layout(operands[0]) != TokenDim(1) or any(call.layout(n) not in (None, TokenDim(1)) for n in rows):
+            return Mixing("the tokens are not the rows of the queries")
+        return RowWise({**dict.fromkeys(whole, None), **dict.fromkeys(rows, TokenDim(1))}, (TokenDim(1),))
+
+    return rule
+
+
 def data_free(call: Call) -> RowWise | Mixing:
     """Reads only its operand's shape, dtype and device; the result is the same whatever the operand's placement.
 
@@ -395,6 +411,8 @@ RULES: Mapping[str, OpRule] = {
         f"aten.{n}": OpRule(data_free, _OWN)
         for n in ("new_ones", "new_zeros", "new_empty", "new_full", "new_empty_strided", "sym_size", "sym_numel")
     },
+    "cpcompile.lightning_indexer": OpRule(queries(frozenset({1})), "own: row-wise in the queries, given whole keys"),
+    "cpcompile.sparse_attention": OpRule(queries(frozenset({1, 4})), "own: row-wise in the queries, given whole keys"),
     "getitem": OpRule(getitem, "own: picks one output", "homogeneous"),
     "_c10d_functional.all_reduce": OpRule(pointwise, "own: elementwise over the ranks of another axis", "homogeneous"),
     "_c10d_functional.wait_tensor": OpRule(pointwise, "own: identity", "homogeneous"),

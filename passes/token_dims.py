@@ -19,7 +19,7 @@ from cpcompile.passes.placement_rules import UNUSED, Mixing, RowWise, classify, 
 from cpcompile.passes.token_layout import ONE, Expr, Shape, TokenDim, row_dim, value_shapes
 
 # Ops of these namespaces are pure functions of their arguments: same arguments, same result on every rank.
-PURE_NAMESPACES = frozenset({"aten", "prims", "transformers"})
+PURE_NAMESPACES = frozenset({"aten", "prims", "transformers", "cpcompile"})
 
 
 @dataclass

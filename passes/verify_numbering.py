@@ -31,7 +31,7 @@ from cpcompile.passes.verify_arguments import (
 )
 from cpcompile.passes.verify_index import Dims, Shape, row_major, shape, tensor_shape
 
-PURE_NAMESPACES = frozenset({"aten", "prims", "transformers"})
+PURE_NAMESPACES = frozenset({"aten", "prims", "transformers", "cpcompile"})
 
 
 class Numbering(Arguments):

@@ -170,6 +170,20 @@ def embedding(call: Call) -> Rows | str:
     return call.rows[indices] if set(call.rows) == {indices} and weight is not indices else "it looks rows up"
 
 
+def attends(*whole: str) -> Rule:
+    """Rows of queries, ``[B, rows, ...]``, and of what goes with each, over keys of which every row is there."""
+
+    def rule(call: Call) -> Rows | str:
+        keys = {node for name in whole if isinstance(node := call.arg(name), fx.Node)}
+        if keys & set(call.rows):
+            return "every query reads every key"
+        if set(call.rows) != set(call.shapes) - keys or set(call.rows.values()) != {Rows(1)}:
+            return "its queries are not split alike, by their rows"
+        return Rows(1)
+
+    return rule
+
+
 def pad(call: Call) -> Rows | str:
     """Padding of other dims."""
     split = call.first()
@@ -194,6 +208,8 @@ RULES: Mapping[str, Rule] = {
     "aten::expand": expand,
     "aten::embedding": embedding,
     "aten::constant_pad_nd": pad,
+    "cpcompile::lightning_indexer": attends("key"),
+    "cpcompile::sparse_attention": attends("key", "key_rope"),
     **{f"aten::{n}": pointwise for n in ("zeros_like", "ones_like", "full_like", "empty_like", "_to_copy")},
     **{f"aten::{n}": pointwise for n in ("copy", "masked_fill", "where", "lift_fresh_copy")},
     # Over a group other than the axis's, which is taken to be another axis of the same mesh.
