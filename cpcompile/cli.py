@@ -103,6 +103,9 @@ def explain(
     ] = Strategy.auto,
     require: Annotated[list[str], typer.Option(metavar="PATTERN", help="Must be rewritten, else an error.")] = [],  # noqa: B006
     replicated: ReplicatedOption = [],  # noqa: B006
+    sparse_attention: Annotated[
+        bool, typer.Option("--sparse-attention", help="Recognise DeepSeek sparse attention.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     save_plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan there.")] = None,
     verify: Annotated[Verify, typer.Option(help="How rewritten graphs are checked.")] = Verify.static,
@@ -115,6 +118,7 @@ def explain(
     from cpcompile.options import Options
 
     options = {"strategy": strategy.value, "profile": profile, "verify": verify.value, "require": require}
+    options["sparse_attention"] = sparse_attention
     Options.parse(options)  # before the minutes that a large model takes
     with _traced(target, axis, rank) as found, _status("placing and proving"):
         declared = (*found.replicated, *replicated)

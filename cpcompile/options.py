@@ -24,6 +24,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "require": ((str, Sequence, Set), "a pattern or a list of patterns"),
     "replicated": ((str, Sequence, Set), "a pattern or a list of patterns"),
     "deterministic": ((bool,), "True or False"),
+    "sparse_attention": ((bool,), "True or False"),
     "plan": ((Plan, str, Path, type(None)), "a Plan or the path of a saved one"),
     "dump_dir": ((str, Path, type(None)), "the path of a folder"),
     "profile": ((str, HardwareProfile), "the name of a profile or a HardwareProfile"),
@@ -51,6 +52,8 @@ class Options:
         dump_dir: write graphs, plan and report of every compilation there.
         profile: hardware profile, by name or as a ``HardwareProfile``; empty chooses by device.
         replicated: fnmatch patterns of inputs that are the same on every rank; ``"!pattern"`` says not.
+        sparse_attention: recognise DeepSeek sparse attention in its eager form and run it as ``lightning_indexer`` and
+            ``sparse_attention``, which hold no scores of every query and key. Opt-in, as it moves roundings.
         timeout_s: seconds to wait for the other ranks at compile time.
     """
 
@@ -64,6 +67,7 @@ class Options:
     dump_dir: str | Path | None = None
     profile: str | HardwareProfile = ""
     replicated: tuple[str, ...] = ()
+    sparse_attention: bool = False
     timeout_s: float = 120.0
 
     @classmethod

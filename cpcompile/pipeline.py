@@ -28,6 +28,7 @@ from cpcompile.passes.collectives import find_all_reduces, group_name_of, is_col
 from cpcompile.passes.materialise import materialise
 from cpcompile.passes.place import place
 from cpcompile.passes.placement_problem import PlacementGraph, build
+from cpcompile.passes.recognise_sparse_attention import RecogniseSparseAttention
 from cpcompile.passes.token_dims import Annotation, annotate, repeats_attention
 from cpcompile.passes.token_layout import Expr
 from cpcompile.passes.verify_numeric import check_numerically
@@ -77,6 +78,8 @@ def compile_graph(
     runner = Runner()
     original = fx.GraphModule(gm, copy_graph(gm.graph))
     runner.run("canonicalise", Canonicalise(), gm)
+    if options.sparse_attention:
+        runner.run("recognise-sparse-attention", RecogniseSparseAttention(), gm)
     result = Compiled(original, [Variant(0, None, original)], Plan(), passes=runner.runs)
     reduced = find_all_reduces(gm)
     result.axes = (
