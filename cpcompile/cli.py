@@ -117,8 +117,8 @@ def explain(
     from cpcompile.explanation import explain_trace
     from cpcompile.options import Options
 
-    options = {"strategy": strategy.value, "profile": profile, "verify": verify.value, "require": require}
-    options["sparse_attention"] = sparse_attention
+    options: dict[str, Any] = {"strategy": strategy.value, "profile": profile, "verify": verify.value}
+    options |= {"require": require, "sparse_attention": sparse_attention}
     Options.parse(options)  # before the minutes that a large model takes
     with _traced(target, axis, rank) as found, _status("placing and proving"):
         declared = (*found.replicated, *replicated)

@@ -1,0 +1,301 @@
+"""Context parallelism on real models: attention that every rank repeats is split by tokens, and the answer is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.fx as fx
+from cached_models import Cached, mark_prefix
+from conftest import SharedRanks
+from simulate import fake_rank
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV32Config
+
+from cpcompile.axes import axis_of
+from cpcompile.capture import Trace, capture
+from cpcompile.compiled import Compiled
+from cpcompile.errors import RequirementError
+from cpcompile.exchange import OfflineExchange
+from cpcompile.options import Options
+from cpcompile.passes.collectives import is_collective, op_name
+from cpcompile.passes.lockstep import RankProgram, run_lockstep
+from cpcompile.passes.token_layout import size_expr
+from cpcompile.passes.verify_static import prove
+from cpcompile.pipeline import compile_graph, copy_graph
+
+TOLERANCE = 2e-5
+PREFIX = 13
+DIM_NAME = "cp"
+
+
+def build(kind: str) -> Any:
+    return models.build(models.tiny_config(kind))
+
+
+def replicated_ranks(size: int, model: Any, *args: torch.Tensor, **kwargs: Any) -> SharedRanks:
+    """Every rank holds the same model, so every rank's trace is the same: only the axes tell the ranks apart."""
+    with fake_rank(0, size) as mesh:
+        trace = capture(model, *args, **kwargs)
+        axis = dataclasses.replace(axis_of("tp", mesh), name=DIM_NAME)
+    return SharedRanks([trace] * size, [dataclasses.replace(axis, rank=rank) for rank in range(size)])
+
+
+@functools.cache
+def prefill(kind: str, size: int, batch: int = 1) -> SharedRanks:
+    return replicated_ranks(size, build(kind), input_ids=torch.zeros((batch, 10), dtype=torch.long), use_cache=False)
+
+
+@functools.cache
+def chunks(kind: str, size: int) -> SharedRanks:
+    """A chunk of a prompt, behind cached tokens."""
+    model = Cached(build(kind))
+    with torch.no_grad():
+        caches = model(ids_of(1, PREFIX))[1:]
+    return replicated_ranks(size, model, ids_of(1, 10), *mark_prefix(caches))
+
+
+@functools.cache
+def whole(kind: str) -> Any:
+    return build(kind)
+
+
+def ids_of(batch: int, tokens: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * batch + tokens)
+    return torch.randint(0, models.TINY["vocab_size"], (batch, tokens), generator=generator)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, what: object) -> None:
+    assert found.shape == expected.shape, what
+    error = ((found - expected).norm() / expected.norm()).item()
+    assert error <= TOLERANCE, f"{what}: {error:.1e}"
+
+
+def rewritten(compiled: Sequence[Compiled]) -> list[list[fx.GraphModule]]:
+    """Every rewritten variant, as one graph per rank."""
+    assert not compiled[0].refused and all(p["holds"] for p in compiled[0].proofs)
+    return [[c.variants[i].gm for c in compiled] for i, v in enumerate(compiled[0].variants) if v.steps]
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "batch"),
+    [
+        ("v3", 2, 2),
+        ("v3", 3, 1),
+        ("v3", 4, 1),
+        ("v3", 8, 1),
+        ("v32", 2, 1),
+        ("v32", 3, 1),
+        ("v32", 4, 1),
+        ("v32", 8, 1),
+    ],
+)
+def test_every_rank_equals_the_whole_model(kind: str, size: int, batch: int) -> None:
+    ranks = prefill(kind, size, batch)
+    for graphs in rewritten(ranks.compile(strategy="cp", profile="ascend-a3")):
+        for tokens in (*range(1, 2 * size + 2), 4 * size + 1, 17):
+            ids = ids_of(batch, tokens)
+            with torch.no_grad():
+                expected = whole(kind)(input_ids=ids, use_cache=False).logits
+            for rank, (logits,) in enumerate(ranks.run(graphs, ids)):
+                close(logits, expected, (tokens, rank))
+
+
+@pytest.mark.parametrize("kind", ["v3", "v32"])
+def test_a_long_request(kind: str) -> None:
+    """1023 tokens on 8 ranks: 128 rows each, one of them padding."""
+    ranks, ids = prefill(kind, 8), ids_of(1, 1023)
+    with torch.no_grad():
+        expected = whole(kind)(input_ids=ids, use_cache=False).logits
+    for graphs in rewritten(ranks.compile(strategy="cp", profile="ascend-a3", verify="off"))[:1]:
+        for (logits,) in ranks.run(graphs, ids):
+            close(logits, expected, "1023")
+
+
+@pytest.mark.parametrize("kind", ["v3", "v32"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_chunked_prefill_and_decode_from_the_caches(kind: str, size: int) -> None:
+    """Three chunks and four decode steps give the whole model's logits and caches on every rank, in token order.
+
+    V3's also those of one shot. V3.2's whole model takes the same steps: of keys whose scores are equal (relu makes
+    many zeros) top-k takes any, and which it takes may depend on the shape.
+    """
+    ranks = chunks(kind, size)
+    model = Cached(whole(kind))
+    ids = ids_of(1, 60)
+    with torch.no_grad():
+        first = model(ids[:, :PREFIX])[1:]
+    for graphs in rewritten(ranks.compile(strategy="cp", profile="ascend-a3", replicated=["*past*"])):
+        at, caches, alone = PREFIX, [first] * size, first
+        for tokens in (17, 2, 24, 1, 1, 1, 1):
+            now = ids[:, at : at + tokens].contiguous()
+            programs = [
+                RankProgram(gm, feed(trace, [now, *given]), {axis.group_name: axis.ranks})
+                for gm, trace, axis, given in zip(graphs, ranks.traces, ranks.axes, caches, strict=True)
+            ]
+            outputs: Any = run_lockstep(programs)
+            at += tokens
+            with torch.no_grad():
+                logits, *expected = model(ids[:, :at]) if kind == "v3" else model(now, *alone)
+            alone = expected
+            for rank, found in enumerate(outputs):
+                for number, (mine, theirs) in enumerate(zip(found, [logits[:, -tokens:], *expected], strict=True)):
+                    close(mine, theirs, (at, rank, number))
+            caches = [found[1:] for found in outputs]
+
+
+def feed(trace: Trace, given: Sequence[torch.Tensor]) -> list[Any]:
+    """Inputs of the traced graph: parameters as traced, the token ids and caches given, and their sizes."""
+    nodes = trace.gm.graph.find_nodes(op="placeholder")
+    places = [i for i, known in enumerate(trace.inputs) if known.kind == "input"]
+    ids = next(i for i in places if "ids" in trace.inputs[i].name)
+    order = [ids, *(i for i in places if i != ids)]  # dynamo keeps the order of ``*past``
+    values = dict(zip(order, given, strict=True))
+    sizes: dict[Any, int] = {}
+    for place, value in values.items():
+        traced = nodes[place].meta["val"]
+        for said, real in zip([*traced.shape, *traced.stride()], [*value.shape, *value.stride()], strict=True):
+            if isinstance(said, torch.SymInt):
+                sizes.setdefault(said.node.expr, real)
+    found: list[Any] = []
+    for place, (node, known) in enumerate(zip(nodes, trace.inputs, strict=True)):
+        traced = node.meta.get("val")
+        if place in values:
+            found.append(values[place])
+        elif isinstance(traced, torch.SymInt):
+            found.append(sizes[traced.node.expr])
+        else:
+            found.append(known.value.detach() if isinstance(known.value, torch.Tensor) else None)
+    return found
+
+
+def test_caches_that_may_differ_are_not_relied_on() -> None:
+    """Nothing says that every rank holds the same cache: attention over it stays whole unless the user declares it."""
+    compiled = chunks("v3", 2).compile(strategy="cp", profile="ascend-a3")
+    assert not compiled[0].rewritten and "no attention is the same on all its ranks" in compiled[0].refused["cp"]
+
+
+# ---- structure at real sizes ---------------------------------------------------------------------------------------
+
+SIZE, TOKENS, LAYERS = 8, 16384, 2
+
+
+@functools.cache
+def real_sizes(kind: str) -> Compiled:
+    """Two dense layers of real sizes, whole on each of 8 ranks in bfloat16; nothing is allocated."""
+    config = (
+        DeepseekV3Config(num_hidden_layers=LAYERS, first_k_dense_replace=LAYERS)
+        if kind == "v3"
+        else DeepseekV32Config(num_hidden_layers=LAYERS, mlp_layer_types=["dense"] * LAYERS)
+    )
+    with torch.device("meta"):
+        ids = torch.zeros((1, 10), dtype=torch.long)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with fake_rank(0, SIZE) as mesh:
+        trace, axis = capture(model, input_ids=ids, use_cache=False), axis_of("tp", mesh)
+    options = Options.parse({"profile": "ascend-a3", "strategy": "cp", "replicated": ["*"]})
+    return compile_graph(trace.gm, trace.inputs, options, lambda _: OfflineExchange(SIZE), [axis])
+
+
+@pytest.mark.parametrize(("kind", "latent"), [("v3", 512 + 64), ("v32", 512 + 64 + 128)])
+def test_one_gather_of_the_latent_in_each_layer(kind: str, latent: int) -> None:
+    """Per layer and token one all-gather: keys as latent, rope keys and the indexer's keys, and nothing else."""
+    compiled = real_sizes(kind)
+    assert not compiled.refused and all(p["holds"] for p in compiled.proofs)
+    gathered = []
+    for node in compiled.at(TOKENS).gm.graph.nodes:
+        if is_collective(node):
+            assert "all_gather" in op_name(node.target), node
+            sizes = [e.subs(dict.fromkeys(e.free_symbols, TOKENS)) for e in map(size_expr, node.meta["val"].shape)]
+            assert sizes[0] == TOKENS
+            gathered.append(int(sizes[1]))
+    *layers, last = gathered
+    assert layers == [latent] * LAYERS and last in (7168, 129280)  # hidden rows or logits, for the graph's output
+
+
+# ---- strategies ----------------------------------------------------------------------------------------------------
+
+
+def test_decode_keeps_its_graph_and_long_prompts_are_split() -> None:
+    compiled = prefill("v3", 2).compile(strategy="auto", profile="ascend-a3")[0]
+    assert not compiled.at(1).steps[0].interval.labels
+    assert compiled.at(1 << 16).steps[0].interval.labels
+
+
+def test_tensor_parallelism_is_not_for_attention_that_is_whole() -> None:
+    compiled = prefill("v3", 2).compile(strategy="tp")[0]
+    assert compiled.refused == {
+        "cp": "strategy='tp', and every rank of axis 'cp' computes all of attention: that is for 'cp' or 'auto'"
+    }
+    with pytest.raises(RequirementError, match="nothing of that name was rewritten"):
+        prefill("v3", 2).compile(strategy="tp", require=["*self_attn*"])
+
+
+# ---- seeded faults -------------------------------------------------------------------------------------------------
+
+aten, c10d = torch.ops.aten, torch.ops._c10d_functional
+
+
+def _first(gm: fx.GraphModule, target: Any) -> fx.Node:
+    return gm.graph.find_nodes(op="call_function", target=target)[0]
+
+
+def positions_not_split(gm: fx.GraphModule) -> None:
+    """Every rank takes the first rank's rows."""
+    own = next(n for n in gm.graph.find_nodes(op="call_function", target=aten.slice.Tensor) if n.args[2] != 0)
+    own.args = (own.args[0], own.args[1], 0, own.args[2])
+
+
+def pad_row_taken(gm: fx.GraphModule) -> None:
+    """Of the gathered rows the first is dropped instead of the padding."""
+    (cut,) = [u for u in _first(gm, c10d.wait_tensor.default).users if u.target is aten.slice.Tensor]
+    cut.args = (cut.args[0], cut.args[1], 1, torch.iinfo(torch.int64).max)
+
+
+def wrong_group(gm: fx.GraphModule) -> None:
+    gather = _first(gm, c10d.all_gather_into_tensor.default)
+    gather.args = (gather.args[0], gather.args[1], "another")
+
+
+def wait_dropped(gm: fx.GraphModule) -> None:
+    wait = _first(gm, c10d.wait_tensor.default)
+    wait.replace_all_uses_with(wait.all_input_nodes[0])
+    gm.graph.erase_node(wait)
+
+
+def pieces_swapped(gm: fx.GraphModule) -> None:
+    """Latent and rope keys change places in the gathered row."""
+    cat = next(n for n in gm.graph.find_nodes(op="call_function", target=aten.cat.default) if _is_gathered(n))
+    cat.args = ([*reversed(cat.args[0])], *cat.args[1:])  # type: ignore[misc]
+
+
+def _is_gathered(node: fx.Node) -> bool:
+    reader = next(iter(node.users))
+    while reader.target is aten.view.default:
+        reader = next(iter(reader.users))
+    return reader.target is c10d.all_gather_into_tensor.default
+
+
+@pytest.mark.parametrize("fault", [positions_not_split, pad_row_taken, wrong_group, wait_dropped, pieces_swapped])
+def test_a_fault_in_the_rewrite_is_refuted(fault: Any) -> None:
+    """By the static proof, on the last rank, whose rows are not the first."""
+    ranks = prefill("v32", 2)
+    compiled = ranks.compile(strategy="cp", profile="ascend-a3", verify="off")[1]
+    (variant,) = [v for v in compiled.variants if v.steps]
+    known = variant.steps[0].graph.known
+
+    before = next(iter(known.shapes)).graph.owning_module
+
+    def holds(gm: fx.GraphModule) -> bool:
+        assert before is not None and known.tokens is not None
+        return prove(before, gm, known.axis, known.tokens, lambda _: True).holds  # type: ignore[arg-type]
+
+    assert holds(variant.gm)
+    broken = fx.GraphModule(variant.gm, copy_graph(variant.gm.graph))
+    fault(broken)
+    broken.recompile()
+    assert not holds(broken)
