@@ -179,20 +179,15 @@ def test_every_all_reduce_is_scattered() -> None:
 
 
 def test_only_the_latent_is_gathered_before_attention() -> None:
-    """Attention gathers 1536 + 512 + 64 elements at once, the MLP the hidden row; the last gather is the logits'.
-
-    The router of the MoE layer, the last, runs on shards: its experts' scores are gathered.
-    """
+    """Attention gathers 1536 + 512 + 64 elements at once, the MLP the hidden row; the last gather is the logits'."""
     _, compiled = real_sizes()
     down, latent, hidden = (
         ("reduce_scatter_tensor", HIDDEN),
         ("all_gather_into_tensor", LATENT),
         ("all_gather_into_tensor", HIDDEN),
     )
-    scores, logits = ("all_gather_into_tensor", 256), ("all_gather_into_tensor", 129280)
-    dense = [latent, down, hidden, down]
-    moe = [latent, down, scores, hidden, down]
-    assert of_axis(compiled.at(TOKENS).gm) == [down, *dense * (LAYERS - 1), *moe, hidden, logits]
+    logits = ("all_gather_into_tensor", 129280)
+    assert of_axis(compiled.at(TOKENS).gm) == [down, *[latent, down, hidden, down] * LAYERS, hidden, logits]
 
 
 def test_the_attention_half_sends_a_third_less() -> None:
