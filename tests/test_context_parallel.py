@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,16 +14,19 @@ import torch
 import torch.fx as fx
 from cached_models import Cached, mark_prefix
 from conftest import SharedRanks
-from simulate import fake_rank
+from simulate import fake_rank, real_inputs
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV32Config
 
-from cpcompile.axes import axis_of
+from cpcompile.axes import Axis, axis_of
 from cpcompile.capture import Trace, capture
 from cpcompile.compiled import Compiled
 from cpcompile.errors import RequirementError
-from cpcompile.exchange import OfflineExchange
+from cpcompile.exchange import LocalExchange, OfflineExchange
 from cpcompile.options import Options
-from cpcompile.passes.collectives import is_collective, op_name
+from cpcompile.passes.collectives import group_name_of, is_collective, op_name
 from cpcompile.passes.lockstep import RankProgram, run_lockstep
 from cpcompile.passes.token_layout import size_expr
 from cpcompile.passes.verify_static import prove
@@ -177,6 +181,69 @@ def test_caches_that_may_differ_are_not_relied_on() -> None:
     """Nothing says that every rank holds the same cache: attention over it stays whole unless the user declares it."""
     compiled = chunks("v3", 2).compile(strategy="cp", profile="ascend-a3")
     assert not compiled[0].rewritten and "no attention is the same on all its ranks" in compiled[0].refused["cp"]
+
+
+# ---- with tensor parallelism ---------------------------------------------------------------------------------------
+
+
+@functools.cache
+def hybrid(kind: str, cp: int, tp: int) -> tuple[list[Trace], list[list[Axis]]]:
+    """Every rank's trace on a mesh ``[cp, tp]``, tensor-parallel over ``tp`` and alike over ``cp``."""
+    traces, axes = [], []
+    for rank in range(cp * tp):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=cp * tp)
+        mesh = init_device_mesh("cpu", (cp, tp), mesh_dim_names=("cp", "tp"))
+        trace = capture(models.shard(build(kind), mesh["tp"]), input_ids=ids_of(1, 10), use_cache=False)
+        axes.append([Axis(name, f"{name} group", *_place(mesh, name)) for name in ("tp", "cp")])
+        dist.destroy_process_group()
+        for node in trace.gm.graph.nodes:  # PyTorch's names are counted anew on each rank of one process
+            if is_collective(node):
+                node.args = tuple("tp group" if i and a == group_name_of(node) else a for i, a in enumerate(node.args))
+        # The mesh of a DTensor is gone with the rank: its local part is compared like any parameter.
+        values = [getattr(i.value, "_local_tensor", i.value) for i in trace.inputs]
+        trace.inputs = [dataclasses.replace(i, value=v) for i, v in zip(trace.inputs, values, strict=True)]
+        traces.append(trace)
+    return traces, axes
+
+
+def _place(mesh: DeviceMesh, name: str) -> tuple[int, int, tuple[int, ...]]:
+    axis = axis_of(name, mesh[name])
+    return axis.size, axis.rank, axis.ranks
+
+
+@pytest.mark.parametrize("kind", ["v3", "v32"])
+def test_context_and_tensor_parallelism_together(kind: str) -> None:
+    traces, axes = hybrid(kind, 2, 2)
+    ring = {ranks: LocalExchange.ring(2) for ranks in {a.ranks for both in axes for a in both}}
+    compiled: list[Any] = [None] * 4
+
+    def work(rank: int) -> None:
+        gm = fx.GraphModule(traces[rank].gm, copy_graph(traces[rank].gm.graph))
+        options = Options.parse({"strategy": "hybrid", "profile": "ascend-a3"})
+        compiled[rank] = compile_graph(
+            gm, traces[rank].inputs, options, lambda axis: ring[axis.ranks][axis.rank], axes[rank]
+        )
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    first = compiled[0]
+    assert not first.refused and [p["holds"] for p in first.proofs] == [True, True]
+    decisions = {(c.axis, c.decision) for c in first.report(TOKENS).collectives}
+    assert {("cp", "gather"), ("tp", "scatter")} <= decisions
+    for tokens in (1, 2, 3, 4, 5, 9, 17):
+        ids = ids_of(1, tokens)
+        with torch.no_grad():
+            expected = whole(kind)(input_ids=ids, use_cache=False).logits
+        programs = [
+            RankProgram(c.variants[0].gm, real_inputs(trace, ids), {a.group_name: a.ranks for a in both})
+            for c, trace, both in zip(compiled, traces, axes, strict=True)
+        ]
+        outputs: Any = run_lockstep(programs)
+        for rank, (logits,) in enumerate(outputs):
+            close(logits, expected, (tokens, rank))
 
 
 # ---- structure at real sizes ---------------------------------------------------------------------------------------

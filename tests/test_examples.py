@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 from typer.testing import CliRunner
@@ -29,3 +31,13 @@ def test_own_model_is_explained() -> None:
         ("", "gather", logits),
     ]
     assert report["verify"]["holds"] and report["verify"]["proofs"]
+
+
+def test_context_parallelism_on_two_ranks() -> None:
+    script = str(ROOT / "examples" / "context_parallel.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "T = 17: rank 0 computes tokens 0 to 8, rank 1 computes tokens 9 to 16" in result.stdout
+    assert "proofs: 1 of 1 rewritten graphs proven equal to the original" in result.stdout
+    assert result.stdout.count("largest relative error") == 2

@@ -84,6 +84,21 @@ def real_models(mesh: DeviceMesh, folder: str) -> None:
         assert graphs() == 1 and lines == []
 
 
+def context_parallelism(mesh: DeviceMesh, folder: str) -> None:
+    """Whole models on every rank, split by tokens: 50 prompt lengths run the one graph that was compiled."""
+    for kind in ("v3", "v32"):
+        whole, model = build(tiny_config(kind)), build(tiny_config(kind))
+        torch._dynamo.reset()
+        counters.clear()
+        options = {"strategy": "cp", "axes": {"cp": mesh}}
+        compiled = torch.compile(model, backend="cpcompile", options=options, fullgraph=True)
+        with heard() as lines, torch.no_grad():
+            for tokens in range(2, 52):
+                ids = ids_of(tokens, TINY["vocab_size"])
+                close(compiled(input_ids=ids, use_cache=False).logits, whole(input_ids=ids, use_cache=False).logits)
+        assert graphs() == 1 and lines == []
+
+
 def every_token_count(mesh: DeviceMesh, folder: str) -> None:
     """T = 0 and 1 get graphs of their own, by dynamo's rule; ``auto`` changes between its variants without another."""
     _model, compiled = block(mesh, profile="ascend-a3", dump_dir=folder)
@@ -178,6 +193,7 @@ def absent_rank(mesh: DeviceMesh, folder: str) -> None:
 
 SCENARIOS = [
     every_token_count, modes, mistakes, replaced_parameters, training, different_options, inductor, real_models,
+    context_parallelism,
     absent_rank,
 ]  # fmt: skip
 
