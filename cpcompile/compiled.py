@@ -77,7 +77,8 @@ class Compiled:
         facts: per axis name, what was established of every graph input.
         proofs: one entry per proof: axis, interval, whether it held, and the failures.
         refused: axis name → why it was left alone.
-        guarded: inputs whose replication rests on a fingerprint.
+        unplaced: rows for the all-reduces of axes that were left alone.
+        axes: the mesh axes, in the order in which they are placed.
     """
 
     original: fx.GraphModule

@@ -146,10 +146,10 @@ def _kept(name: str, group: str, reason: str) -> Collective:
     return Collective(name, "all_reduce", group, "", "keep", "all_reduce", 0, 0, "", "", reason)
 
 
-def _check_axis(known: Annotation, options: Options, groups: set[str]) -> None:
+def _check_axis(known: Annotation, repeats: bool | None, options: Options, groups: set[str]) -> None:
     """A given axis that the graph never reduces over and that splits attention is a mistake: say so."""
     axis = known.axis
-    if options.axes and groups and not any(axis.owns(g) for g in groups) and not repeats_attention(known):
+    if options.axes and groups and not any(axis.owns(g) for g in groups) and not repeats:
         raise AxisError(
             f"axis {axis.name!r} has ranks {list(axis.ranks)}, and no all-reduce of the graph runs over them "
             f"(its groups: {sorted(groups)}); give the group that the model was sharded over"
@@ -236,8 +236,9 @@ def _rewrite_axis(
             for p, f, i in zip(placeholders, facts.inputs, inputs, strict=True)
         }
         known: Annotation = runner.run("annotate", annotate, variant.gm, axis, same, facts.rank_dependent)
-        _check_axis(known, options, {ar.group_name for ar in find_all_reduces(variant.gm)})
-        reason = _unplaceable(known, options.strategy)
+        repeats = repeats_attention(known)
+        _check_axis(known, repeats, options, {ar.group_name for ar in find_all_reduces(variant.gm)})
+        reason = _unplaceable(known, repeats, options.strategy)
         if reason:
             result.refused[axis.name] = reason
             result.unplaced += [_kept(w.name, axis.name, reason) for w in known.all_reduces]
@@ -264,13 +265,12 @@ def _identity(original: str, variant: Variant) -> str:
     return " after ".join([original, *steps])
 
 
-def _unplaceable(known: Annotation, strategy: str) -> str:
+def _unplaceable(known: Annotation, repeats: bool | None, strategy: str) -> str:
     name = known.axis.name
     if known.tokens is None:
         return f"no sum all-reduce of axis {name!r} carries tokens, and no vocabulary gather reads any"
     if known.tokens.is_zero:
         return "there are no tokens: nothing to split"
-    repeats = repeats_attention(known)
     if not known.all_reduces and not repeats:
         return f"no sum all-reduce of axis {name!r} carries tokens, and no attention is the same on all its ranks"
     if strategy == "tp" and repeats:
