@@ -83,6 +83,16 @@ class ModelShapes:
         return self.kv_lora + self.rope
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises :class:`TraceError` if it cannot be read or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TraceError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise TraceError(f"{path} is not JSON: {error}") from error
+
+
 def read_shapes(directory: Path) -> ModelShapes:
     """Shapes from ``directory/config.json``, a transformers configuration.
 
@@ -90,12 +100,7 @@ def read_shapes(directory: Path) -> ModelShapes:
         TraceError: the file cannot be read, is not JSON, or lacks a key.
     """
     path = directory / "config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TraceError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise TraceError(f"{path} is not JSON: {error}") from error
+    data = read_json(path)
     if not isinstance(data, dict):
         raise TraceError(f"{path}: expected an object, found {type(data).__name__}")
     return shapes_of(data, str(path))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from cpcompile.axes import Axis, axis_of
 from cpcompile.capture import Trace, capture
 from cpcompile.errors import AxisError, OptionError, TraceError, nearest
+from cpcompile.model_shapes import read_json
 from cpcompile.trace_file import SUFFIX, load_trace
 
 EXAMPLE_TOKENS = 16  # the trace is symbolic in it
@@ -219,12 +219,7 @@ def _from_directory(directory: Path, mesh: DeviceMesh | None) -> _Spec:
 
 def _read_config(directory: Path) -> Any:
     path = directory / "config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TraceError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise TraceError(f"{path} is not JSON: {error}") from error
+    data = read_json(path)
     missing = [key for key in _REQUIRED if not isinstance(data, dict) or key not in data]
     if missing:  # the library would fill in the full model's size
         raise TraceError(f"{path} has no {missing[0]!r}: give the model's own configuration")
