@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from demo import TOLERANCE, build, show
+from demo import TOLERANCE, build, largest_error, show
 from torch.distributed.device_mesh import init_device_mesh
 
 from cpcompile.layouts import TokenLayout
@@ -39,20 +39,12 @@ def main() -> int:
     # Nothing in the graph says that there are other ranks: the axis is given. "cp" splits at every token count.
     options: Any = {"strategy": "cp", "axes": {"cp": mesh}, "dump_dir": folder}
     compiled: Any = torch.compile(model, backend="cpcompile", options=options, fullgraph=True)
-    worst = 0.0
-    for tokens in TOKEN_COUNTS:
-        ids = torch.randint(0, 256, (1, tokens), generator=torch.Generator().manual_seed(tokens))
-        torch._dynamo.mark_dynamic(ids, 1)
-        with torch.no_grad():
-            expected = whole(input_ids=ids, use_cache=False).logits
-            found = compiled(input_ids=ids, use_cache=False).logits
-        worst = max(worst, ((found - expected).norm() / expected.norm()).item())
-        if rank == 0:
+    errors: list[Any] = [None] * ranks
+    dist.all_gather_object(errors, largest_error(whole, compiled, TOKEN_COUNTS))
+    if rank == 0:
+        for tokens in TOKEN_COUNTS:
             layout = TokenLayout("contiguous", ranks, (tokens,))
             print(f"T = {tokens}:", ", ".join(f"rank {r} computes {span(layout.owned(r))}" for r in range(ranks)))
-    errors: list[Any] = [None] * ranks
-    dist.all_gather_object(errors, worst)
-    if rank == 0:
         for report in json.loads(Path(folder, "rank_0/graph_0/report.json").read_text()).values():
             show(report)
         for number, error in enumerate(errors):

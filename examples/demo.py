@@ -11,6 +11,7 @@ import logging
 import multiprocessing as mp
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,19 @@ def show(report: dict[str, Any]) -> None:
     )
 
 
+def largest_error(whole: Any, compiled: Any, token_counts: Sequence[int]) -> float:
+    """Largest relative error of the compiled model's logits against the whole model's."""
+    worst = 0.0
+    for tokens in token_counts:
+        ids = torch.randint(0, 256, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+        torch._dynamo.mark_dynamic(ids, 1)
+        with torch.no_grad():
+            expected = whole(input_ids=ids, use_cache=False).logits
+            found = compiled(input_ids=ids, use_cache=False).logits
+        worst = max(worst, ((found - expected).norm() / expected.norm()).item())
+    return worst
+
+
 def run_rank(rank: int, folder: str) -> None:
     """One rank: shard, compile, run, compare."""
     logging.basicConfig(level=logging.WARNING)
@@ -77,15 +91,7 @@ def run_rank(rank: int, folder: str) -> None:
     # "tp" scatters at every token count, so that a run of a few tokens shows what a large step does.
     options: Any = {"strategy": "tp", "axes": {"tp": mesh}, "require": ["*o_proj"], "dump_dir": folder}
     compiled: Any = torch.compile(model, backend="cpcompile", options=options, fullgraph=True)
-    worst = 0.0
-    for tokens in TOKEN_COUNTS:
-        ids = torch.randint(0, 256, (1, tokens), generator=torch.Generator().manual_seed(tokens))
-        torch._dynamo.mark_dynamic(ids, 1)
-        with torch.no_grad():
-            expected = whole(input_ids=ids, use_cache=False).logits
-            found = compiled(input_ids=ids, use_cache=False).logits
-        worst = max(worst, ((found - expected).norm() / expected.norm()).item())
-    torch.save(worst, f"{folder}/error_{rank}")
+    torch.save(largest_error(whole, compiled, TOKEN_COUNTS), f"{folder}/error_{rank}")
     dist.destroy_process_group()
 
 
