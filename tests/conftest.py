@@ -13,7 +13,7 @@ import models
 import pytest
 import torch
 import torch.fx as fx
-from simulate import Ranks, fake_rank
+from simulate import Ranks, fake_rank, in_threads, none_failed
 
 from cpcompile.axes import axis_of
 from cpcompile.capture import Trace, capture
@@ -55,31 +55,18 @@ class SharedRanks(Ranks):
     def outcomes(self, options: Sequence[dict[str, Any]]) -> list[Compiled | BaseException]:
         """What compiling with ``options[rank]`` gives or raises on each rank; the ranks really exchange."""
         ring, turn = LocalExchange.ring(self.size), threading.Lock()
-        results: list[Any] = [None] * self.size
 
-        def work(rank: int) -> None:
+        def work(rank: int) -> Compiled:
             trace, exchange = self.traces[rank], TurnTaking(ring[rank], turn)
             gm = fx.GraphModule(trace.gm, copy_graph(trace.gm.graph))
             with turn:
-                try:
-                    parsed = Options.parse(options[rank])
-                    results[rank] = compile_graph(gm, trace.inputs, parsed, lambda _: exchange, [self.axes[rank]])
-                except BaseException as error:
-                    results[rank] = error
+                parsed = Options.parse(options[rank])
+                return compile_graph(gm, trace.inputs, parsed, lambda _: exchange, [self.axes[rank]])
 
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
+        return in_threads(work, self.size)
 
     def compile(self, **options: Any) -> list[Compiled]:
-        results = self.outcomes([options] * self.size)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        return results  # type: ignore[return-value]
+        return none_failed(self.outcomes([options] * self.size))
 
 
 @dataclass

@@ -14,13 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from cpcompile.axes import Axis, axis_of
-from cpcompile.capture import Trace, capture
-from cpcompile.compiled import Compiled
-from cpcompile.exchange import LocalExchange
-from cpcompile.options import Options
+from cpcompile.axes import Axis
+from cpcompile.capture import Trace
 from cpcompile.passes.lockstep import RankProgram, run_lockstep
-from cpcompile.pipeline import compile_graph
 
 
 @contextmanager
@@ -44,31 +40,6 @@ class Ranks:
     def size(self) -> int:
         return len(self.axes)
 
-    def compile(self, **options: Any) -> list[Compiled]:
-        """Compile every rank's graph, each in a thread, with real exchanges between them."""
-        exchanges = LocalExchange.ring(self.size)
-        results: list[Any] = [None] * self.size
-
-        def work(rank: int) -> None:
-            trace, axis = self.traces[rank], self.axes[rank]
-            gm = torch.fx.GraphModule(trace.gm, _copy(trace.gm))
-            try:
-                results[rank] = compile_graph(
-                    gm, trace.inputs, Options.parse(options), lambda _: exchanges[rank], [axis]
-                )
-            except BaseException as error:
-                results[rank] = error
-
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        return results
-
     def run(self, graphs: Sequence[torch.fx.GraphModule], ids: torch.Tensor) -> list[Any]:
         """Run one graph per rank in lockstep on token ids ``[B, T]``."""
         programs = [
@@ -78,21 +49,30 @@ class Ranks:
         return run_lockstep(programs)
 
 
-def _copy(gm: torch.fx.GraphModule) -> torch.fx.Graph:
-    from cpcompile.pipeline import copy_graph
+def in_threads(work: Callable[[int], Any], ranks: int) -> list[Any]:
+    """What ``work(rank)`` gives or raises, each rank in a thread of its own: ranks wait for each other's exchanges."""
+    results: list[Any] = [None] * ranks
 
-    return copy_graph(gm.graph)
+    def attempt(rank: int) -> None:
+        try:
+            results[rank] = work(rank)
+        except BaseException as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=attempt, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
 
 
-def trace_ranks(make: Callable[[DeviceMesh], Any], size: int, example: torch.Tensor) -> Ranks:
-    """Trace ``make(mesh)`` on every rank of a fake group of ``size`` with example token ids."""
-    traces, axes = [], []
-    for rank in range(size):
-        with fake_rank(rank, size) as mesh:
-            model = make(mesh)
-            traces.append(capture(model, input_ids=example, use_cache=False))
-            axes.append(axis_of("tp", mesh))
-    return Ranks(traces, axes)
+def none_failed(results: Sequence[Any]) -> list[Any]:
+    """``results``, of which the first error is raised."""
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return list(results)
 
 
 def real_inputs(trace: Trace, ids: torch.Tensor) -> list[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import torch.fx as fx
 from cached_models import Cached, mark_prefix
 from conftest import SharedRanks
-from simulate import fake_rank, real_inputs
+from simulate import fake_rank, in_threads, none_failed, real_inputs
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -215,20 +214,13 @@ def _place(mesh: DeviceMesh, name: str) -> tuple[int, int, tuple[int, ...]]:
 def test_context_and_tensor_parallelism_together(kind: str) -> None:
     traces, axes = hybrid(kind, 2, 2)
     ring = {ranks: LocalExchange.ring(2) for ranks in {a.ranks for both in axes for a in both}}
-    compiled: list[Any] = [None] * 4
 
-    def work(rank: int) -> None:
+    def work(rank: int) -> Compiled:
         gm = fx.GraphModule(traces[rank].gm, copy_graph(traces[rank].gm.graph))
         options = Options.parse({"strategy": "hybrid", "profile": "ascend-a3"})
-        compiled[rank] = compile_graph(
-            gm, traces[rank].inputs, options, lambda axis: ring[axis.ranks][axis.rank], axes[rank]
-        )
+        return compile_graph(gm, traces[rank].inputs, options, lambda axis: ring[axis.ranks][axis.rank], axes[rank])
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    compiled = none_failed(in_threads(work, 4))
     first = compiled[0]
     assert not first.refused and [p["holds"] for p in first.proofs] == [True, True]
     decisions = {(c.axis, c.decision) for c in first.report(TOKENS).collectives}

@@ -1,12 +1,12 @@
 """Replication facts: each source, the fingerprint's strength, the guard, and graphs compared over simulated ranks."""
 
 import re
-import threading
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
+from simulate import in_threads
 from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,20 +31,8 @@ AXIS = Axis("tp", "tp", 4, 0, (0, 1, 2, 3))
 
 def on_ranks(n, body, timeout_s=10.0):
     """Run ``body(exchange)`` for each simulated rank in its own thread: results, or the exception, in rank order."""
-    results = [None] * n
-
-    def run(exchange):
-        try:
-            results[exchange.rank] = body(exchange)
-        except Exception as error:
-            results[exchange.rank] = error
-
-    threads = [threading.Thread(target=run, args=(exchange,)) for exchange in LocalExchange.ring(n, timeout_s)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+    ring = LocalExchange.ring(n, timeout_s)
+    return in_threads(lambda rank: body(ring[rank]), n)
 
 
 def facts_on_ranks(value_of, kind, n=4, **options):
