@@ -11,6 +11,7 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from cpcompile.errors import AxisError
+from cpcompile.layouts import shard_rows
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Axis:
         size: number of ranks ``n`` in the group.
         rank: this process's rank within the group, ``0 <= rank < size``.
         ranks: the global ranks of the group, in group order.
+        layout: which rows of the tokens each rank holds where they are sharded: a kind of ``cpcompile.layouts``.
     """
 
     name: str
@@ -30,6 +32,11 @@ class Axis:
     size: int
     rank: int
     ranks: tuple[int, ...]
+    layout: str = "contiguous"
+
+    def rows(self, tokens: int) -> int:
+        """Rows of a shard of ``tokens`` tokens, pad rows included."""
+        return shard_rows(tokens, self.size, self.layout)
 
     def owns(self, group_name: object) -> bool:
         """Whether a collective over ``group_name`` runs over this axis."""

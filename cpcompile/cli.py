@@ -43,6 +43,15 @@ class Strategy(str, Enum):
     off = "off"
 
 
+class Layout(str, Enum):
+    """Values of ``--layout``."""
+
+    contiguous = "contiguous"
+    zigzag = "zigzag"
+    interleave = "interleave"
+    sp = "sp"
+
+
 class Verify(str, Enum):
     """Values of ``--verify``."""
 
@@ -101,6 +110,9 @@ def explain(
     strategy: Annotated[
         Strategy, typer.Option(help="auto: best per T; tp, cp, hybrid: the plan of a large step; off.")
     ] = Strategy.auto,
+    layout: Annotated[
+        Layout, typer.Option(help="Which rows each rank holds where attention is split by tokens.")
+    ] = Layout.contiguous,
     require: Annotated[list[str], typer.Option(metavar="PATTERN", help="Must be rewritten, else an error.")] = [],  # noqa: B006
     replicated: ReplicatedOption = [],  # noqa: B006
     sparse_attention: Annotated[
@@ -118,6 +130,7 @@ def explain(
     from cpcompile.options import Options
 
     options: dict[str, Any] = {"strategy": strategy.value, "profile": profile, "verify": verify.value}
+    options |= {"layout": layout.value}
     options |= {"require": require, "sparse_attention": sparse_attention}
     Options.parse(options)  # before the minutes that a large model takes
     with _traced(target, axis, rank) as found, _status("placing and proving"):

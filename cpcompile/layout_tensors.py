@@ -1,6 +1,6 @@
 """The layouts of ``cpcompile.layouts`` inside a graph: no ``.item()``, no shape that depends on data, any token count.
 
-``split_rows`` and ``restore_rows`` serve one request (or a batch, for the layouts that ignore requests) with views.
+``split_rows`` and ``restore_rows`` serve one request (or a batch, taken for one request) with views and pads.
 ``index_tensors`` serves batches whose query lengths are a tensor on the device.
 
 Trace them where ``torch.fx.experimental._config.backed_size_oblivious`` holds: one graph then serves every T, and its
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpcompile.errors import LayoutError
-from cpcompile.layouts import check_kind, check_rank
+from cpcompile.layouts import blocks_per_rank, check_kind, check_rank
 
 
 class IndexTensors(NamedTuple):
@@ -36,45 +36,50 @@ class IndexTensors(NamedTuple):
 def split_rows(x: Tensor, dim: int, rank: int, ranks: int, kind: str) -> Tensor:
     """A replicated tensor's rows that ``rank`` owns: T rows of ``dim`` -> m rows, the pad rows zero.
 
-    ``m`` is ``ceil(T/ranks)`` for contiguous and interleave; zigzag takes the batch for one request and pads it to
-    equal blocks: ``2*ceil(T/(2*ranks))``. Any T, 0 included. Built from pad, view, select and cat.
+    ``m`` is ``ceil(T/ranks)``; zigzag takes the batch for one request and pads it to equal blocks:
+    ``2*ceil(T/(2*ranks))``. sp takes the batch for one request, too. Any T, 0 included. Built from pad, view, select,
+    slice and cat.
 
     Raises:
-        LayoutError: the kind is unknown or needs the requests' lengths (sp), or rank or ranks is out of range.
+        LayoutError: the kind is unknown, or rank or ranks is out of range.
     """
-    _check_views(kind, ranks)
+    check_kind(kind, ranks)
     check_rank(rank, ranks)
     dim %= x.dim()
-    blocks = 2 * ranks if kind == "zigzag" else ranks
+    blocks = blocks_per_rank(kind) * ranks
     size = (x.shape[dim] + blocks - 1) // blocks
+    if kind == "sp":
+        start, length = _piece(x.shape[dim], rank, ranks)
+        return F.pad(x.narrow(dim, start, length), (0, 0) * (x.dim() - 1 - dim) + (0, size - length))
     x = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, size * blocks - x.shape[dim]))
     if kind == "interleave":
         return _unflatten(x, dim, size, blocks).select(dim + 1, rank)
-    x = _unflatten(x, dim, blocks, size)
-    if kind == "contiguous":
-        return x.select(dim, rank)
-    return torch.cat([x.select(dim, rank), x.select(dim, blocks - 1 - rank)], dim)
+    # Slices, not views of blocks: a view's strides are looked up with a guard on blocks of one row.
+    own = x.narrow(dim, rank * size, size)
+    return own if kind == "contiguous" else torch.cat([own, x.narrow(dim, (blocks - 1 - rank) * size, size)], dim)
 
 
 def restore_rows(gathered: Tensor, dim: int, ranks: int, kind: str, tokens: int) -> Tensor:
     """What ``split_rows`` split, from all ranks' rows in rank order: ``ranks * m`` rows of ``dim`` -> ``tokens`` rows.
 
-    Built from view, transpose, flip, cat and slice; contiguous is a slice alone.
+    Built from view, transpose, cat and slice; contiguous is a slice alone.
 
     Raises:
-        LayoutError: the kind is unknown or needs the requests' lengths (sp), or ranks is out of range.
+        LayoutError: the kind is unknown, or ranks is out of range.
     """
-    _check_views(kind, ranks)
+    check_kind(kind, ranks)
     dim %= gathered.dim()
     local = gathered.shape[dim] // ranks
+    if kind == "sp":
+        held = [(rank * local, _piece(tokens, rank, ranks)[1]) for rank in range(ranks)]
+        return torch.cat([gathered.narrow(dim, first, length) for first, length in held], dim)
     if kind == "interleave":
         # A clone, not reshape's choice between view and copy: that would guard on local != 1.
         mixed = _unflatten(gathered, dim, ranks, local).transpose(dim, dim + 1)
         gathered = mixed.clone(memory_format=torch.contiguous_format).flatten(dim, dim + 1)
     if kind == "zigzag":
-        halves = _unflatten(gathered, dim, ranks, 2, local // 2)
-        early, late = halves.select(dim + 1, 0), halves.select(dim + 1, 1).flip(dim)
-        gathered = torch.cat([early, late], dim).flatten(dim, dim + 1)
+        blocks = [2 * rank for rank in range(ranks)] + [2 * rank + 1 for rank in reversed(range(ranks))]
+        gathered = torch.cat([gathered.narrow(dim, block * (local // 2), local // 2) for block in blocks], dim)
     return gathered.narrow(dim, 0, tokens)
 
 
@@ -82,10 +87,11 @@ def _unflatten(x: Tensor, dim: int, *sizes: int) -> Tensor:
     return x.reshape((*x.shape[:dim], *sizes, *x.shape[dim + 1 :]))
 
 
-def _check_views(kind: str, ranks: int) -> None:
-    check_kind(kind, ranks)
-    if kind == "sp":
-        raise LayoutError("sp needs the requests' lengths; found only rows: use index_tensors, or 'contiguous'")
+def _piece(tokens: int, rank: int, ranks: int) -> tuple[int, int]:
+    """First token and length of piece ``rank`` of ``ranks``; the first ones are longer by a token."""
+    # No minimum of rank and remainder: compilers guard on which it is.
+    lengths = [(tokens + ranks - 1 - piece) // ranks for piece in range(rank + 1)]
+    return sum(lengths[:-1]), lengths[-1]
 
 
 def index_tensors(query_lengths: Tensor, tokens: int, ranks: int, kind: str, rows: int | None = None) -> IndexTensors:

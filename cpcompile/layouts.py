@@ -252,6 +252,17 @@ def check_kind(kind: str, ranks: int) -> None:
         raise LayoutError(f"expected ranks >= 1; found {ranks}: pass the size of the group that shares the tokens")
 
 
+def blocks_per_rank(kind: str) -> int:
+    """Blocks of equal size that a rank holds of one request: two in zigzag, else one."""
+    return 2 if kind == "zigzag" else 1
+
+
+def shard_rows(tokens: int, ranks: int, kind: str) -> int:
+    """Rows of each rank when T tokens are split as one request, pads included: ``ceil(T/ranks)``, even in zigzag."""
+    each = blocks_per_rank(kind)
+    return -(-tokens // (each * ranks)) * each
+
+
 def check_rank(rank: int, ranks: int) -> None:
     """Raise LayoutError for a rank that the group does not have."""
     if not 0 <= rank < ranks:

@@ -11,6 +11,7 @@ from typing import Any
 
 from cpcompile.costs import PROFILES, HardwareProfile
 from cpcompile.errors import OptionError, nearest
+from cpcompile.layouts import KINDS as LAYOUTS
 from cpcompile.plan import Plan
 
 STRATEGIES = ("auto", "tp", "cp", "hybrid", "off")
@@ -39,6 +40,9 @@ class Options:
     Args:
         axes: mesh axis name → its process group: a ``ProcessGroup``, a one-dimensional ``DeviceMesh``, or a group's
             name. Empty: every group that the graph all-reduces over, named after its mesh dim where there is one.
+        layout: which rows of the tokens each rank holds on axes over which attention is repeated: ``"contiguous"``,
+            ``"zigzag"`` or ``"interleave"`` (which balance causal attention whose kernels skip what a row may not see;
+            interleave for any batch, zigzag for one long request), ``"sp"``; see ``cpcompile.layouts``.
         strategy: ``"auto"`` (best plan per interval of the token count), or the plan of a large step, at every token
             count, on axes over which attention is split (``"tp"``), repeated (``"cp"``) or on all (``"hybrid"``);
             ``"off"``.
@@ -59,6 +63,7 @@ class Options:
 
     axes: Mapping[str, Any] = field(default_factory=dict)
     strategy: str = "auto"
+    layout: str = "contiguous"
     target: str = ""
     verify: str = "static"
     require: tuple[str, ...] = ()
@@ -85,6 +90,7 @@ class Options:
             options[name] = (value,) if isinstance(value, str) else tuple(value)
         parsed = cls(**options)
         _check_choice("strategy", parsed.strategy, STRATEGIES)
+        _check_choice("layout", parsed.layout, LAYOUTS)
         _check_choice("target", parsed.target, (*TARGETS, ""))
         _check_choice("verify", parsed.verify, VERIFICATIONS)
         if isinstance(parsed.profile, str):

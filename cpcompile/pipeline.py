@@ -245,10 +245,12 @@ def _rewrite_axis(
             found.append(variant)
             continue
         result.tokens = result.tokens or known.tokens
+        if repeats:
+            known.axis = replace(axis, layout=options.layout)
         graph = runner.run("problem", build, known, hardware)
         fingerprint = _identity(original, variant)
         if saved is not None:
-            plan = _saved_plan(saved, axis, fingerprint)
+            plan = _saved_plan(saved, known.axis, fingerprint)
         else:
             plan = runner.run("place", place, graph, hardware, options.strategy, fingerprint)
         plans.append(plan)
@@ -330,6 +332,11 @@ def _saved_plan(saved: Plan, axis: Axis, fingerprint: str) -> AxisPlan:
             if plan.size != axis.size:
                 raise PlanError(
                     f"the plan is for {plan.size} ranks and axis {axis.name!r} has {axis.size}: make a new plan"
+                )
+            if plan.layout != axis.layout:
+                raise PlanError(
+                    f"the plan splits axis {axis.name!r} as {plan.layout!r} and layout is {axis.layout!r}: "
+                    f"give layout={plan.layout!r}, or make a new plan"
                 )
             return plan
     raise PlanError(f"the plan is of another graph ({plans[0].graph}, this one is {fingerprint}): make a new plan")

@@ -65,6 +65,7 @@ class AxisPlan:
         profile: name of the hardware profile.
         intervals: by ascending token count, without gaps from 0.
         refused: why nothing was placed, if nothing was.
+        layout: which rows of the tokens each rank holds.
     """
 
     axis: str
@@ -75,6 +76,7 @@ class AxisPlan:
     profile: str
     intervals: tuple[Interval, ...]
     refused: str = ""
+    layout: str = "contiguous"
 
     def at(self, tokens: int) -> Interval:
         """The interval that holds ``tokens``."""
@@ -140,7 +142,7 @@ class Plan:
 def _axis_diff(a: AxisPlan, b: AxisPlan) -> list[str]:
     lines = [
         f"{key}: {getattr(a, key)} -> {getattr(b, key)}"
-        for key in ("size", "tokens", "graph", "strategy", "profile", "refused")
+        for key in ("size", "tokens", "graph", "strategy", "profile", "refused", "layout")
         if getattr(a, key) != getattr(b, key)
     ]
     spans = [[(i.first, i.last) for i in plan.intervals] for plan in (a, b)]

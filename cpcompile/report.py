@@ -102,6 +102,13 @@ class Report:
         }
 
     def missing(self, required: Sequence[str]) -> list[str]:
-        """The patterns of ``required`` that match no rewritten collective."""
-        rewritten = [c for c in self.collectives if c.decision in REWRITTEN]
-        return [pattern for pattern in required if not any(c.matches(pattern) for c in rewritten)]
+        """The patterns of ``required`` that match no rewritten collective.
+
+        A gather counts where the pattern matches no all-reduce: attention that context parallelism split had none.
+        """
+        return [pattern for pattern in required if not self._has(pattern)]
+
+    def _has(self, pattern: str) -> bool:
+        matching = [c for c in self.collectives if c.matches(pattern)]
+        reduced = [c for c in matching if c.decision != "gather"]
+        return any(c.decision in REWRITTEN for c in reduced) if reduced else bool(matching)

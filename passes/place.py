@@ -68,7 +68,8 @@ def place(graph: PlacementGraph, hardware: HardwareProfile, strategy: str, finge
         pieces = _intervals(graph, hardware)
     intervals = tuple(_interval(graph, hardware, *piece) for piece in pieces)
     axis = graph.known.axis
-    return AxisPlan(axis.name, axis.size, str(tokens), fingerprint, strategy, hardware.name, intervals)
+    made = AxisPlan(axis.name, axis.size, str(tokens), fingerprint, strategy, hardware.name, intervals)
+    return replace(made, layout=axis.layout)
 
 
 def _optimum(graph: PlacementGraph, hardware: HardwareProfile, tokens: int) -> Candidate:
@@ -120,7 +121,7 @@ def _cost_function(
             add(stretched, per_token, steps * hardware.seconds_per_byte(size), shift=1)
 
     def seconds(tokens: int) -> float:
-        padded = -(-tokens // size) * size
+        padded = graph.known.axis.rows(tokens) * size
         return evaluate(tuple(whole), tokens) + evaluate(tuple(stretched), tokens) * padded / max(tokens, 1)
 
     return seconds

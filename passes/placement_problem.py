@@ -88,9 +88,8 @@ class PlacementGraph:
     hints: dict[sympy.Symbol, int] = field(default_factory=dict)
 
     def problem(self, tokens: int, hardware: HardwareProfile) -> Problem:
-        """The problem at ``tokens`` tokens, in picoseconds; a shard holds ``ceil(T/n)`` rows."""
-        size = self.known.axis.size
-        local = -(-tokens // size)
+        """The problem at ``tokens`` tokens, in picoseconds; a shard holds its pad rows too."""
+        size, local = self.known.axis.size, self.known.axis.rows(tokens)
         ops = []
         for choice in self.choices:
             whole = _picoseconds(evaluate(choice.seconds, tokens))

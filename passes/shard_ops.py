@@ -2,6 +2,7 @@
 
 A value's rows are brought to ``[pre, T, post]``, padded with zeros to ``[pre, n*ceil(T/n), post]``, and scattered or
 gathered along the middle. The pad rows are dropped after the gather; no op that mixes rows ever sees them.
+Where the axis's layout is not contiguous, padding deals the rows in rank order, and dropping the pads undoes that.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from cpcompile import layout_ops
 from cpcompile.axes import Axis
+from cpcompile.layouts import blocks_per_rank
 from cpcompile.passes.token_layout import ONE, Expr, Shape, TokenDim, product, quotient, size_expr
 
 aten = torch.ops.aten
@@ -46,9 +49,11 @@ class ShardEmitter:
         hints: Mapping[sympy.Symbol, int],
     ) -> None:
         self.graph, self.axis, self.tokens = graph, axis, tokens
-        self.local: Expr = FloorDiv(tokens + axis.size - 1, axis.size)
+        each = blocks_per_rank(axis.layout)
+        self.local: Expr = each * FloorDiv(tokens + each * axis.size - 1, each * axis.size)
         self.padded: Expr = self.local * axis.size
         self.divisible = self.padded == tokens
+        self.dealt = axis.layout != "contiguous"
         self._fake_mode, self._hints = fake_mode, hints
         self._shape_env: ShapeEnv | None = fake_mode.shape_env if fake_mode else None
         self._symbols: dict[sympy.Symbol, fx.Node | tuple[fx.Node, int]] = {}
@@ -162,12 +167,20 @@ class ShardEmitter:
         """``pre`` and ``post`` of ``[pre, T, post]``."""
         return product(shape[: layout.dim]) * layout.outer, layout.inner * product(shape[layout.dim + 1 :])
 
-    def _padded_rows(self, node: fx.Node, like: torch.Tensor, shape: Shape, layout: TokenDim) -> fx.Node:
-        """``node`` as ``[pre, n*ceil(T/n), post]``, pad rows zero."""
+    def _middle_rows(self, node: fx.Node, like: torch.Tensor, shape: Shape, layout: TokenDim) -> fx.Node:
+        """``node`` as ``[pre, T, post]``."""
         pre, post = self._rows(shape, layout)
         if not _is_row_major(like):
             node = self.contiguous(node, like, shape)
-        node = self.reshape(node, like, shape, (pre, self.tokens, post))
+        return self.reshape(node, like, shape, (pre, self.tokens, post))
+
+    def _padded_rows(self, node: fx.Node, like: torch.Tensor, shape: Shape, layout: TokenDim) -> fx.Node:
+        """``node`` as ``[pre, n*ceil(T/n), post]``, each rank's rows one after another, pad rows zero."""
+        pre, post = self._rows(shape, layout)
+        node = self._middle_rows(node, like, shape, layout)
+        if self.dealt:
+            args = (node, 1, self.axis.size, self.axis.layout)
+            return self.call(layout_ops.deal_rows, args, like, (pre, self.padded, post))
         if self.divisible:
             return node
         rows = (0, 0, 0, self.size(self.padded - self.tokens))
@@ -176,9 +189,14 @@ class ShardEmitter:
     def own_rows(self, node: fx.Node, like: torch.Tensor, shape: Shape, layout: TokenDim) -> fx.Node:
         """R → S: this rank's rows of a whole value. No communication."""
         pre, post = self._rows(shape, layout)
+        mine = (pre, self.local, post)
+        if self.dealt:
+            node = self._middle_rows(node, like, shape, layout)
+            args = (node, 1, self.axis.rank, self.axis.size, self.axis.layout)
+            node = self.call(layout_ops.own_rows, args, like, mine)
+            return self.reshape(node, like, mine, local_shape(shape, layout, self.local))
         node = self._padded_rows(node, like, shape, layout)
         first, last = self.local * self.axis.rank, self.local * (self.axis.rank + 1)
-        mine = (pre, self.local, post)
         node = self.call(aten.slice.Tensor, (node, 1, self.size(first), self.size(last)), like, mine)
         if pre != ONE:
             node = self.contiguous(node, like, mine)
@@ -246,11 +264,14 @@ class ShardEmitter:
         if pre != ONE:
             node = self._swap(node, like, (size, pre, self.local, width))
             node = self.reshape(node, like, (pre, size, self.local, width), (pre, self.padded, width))
-        if not self.divisible:
-            dim, whole = (0, (self.tokens, width)) if pre == ONE else (1, (pre, self.tokens, width))
+        dim, whole = (0, (self.tokens, width)) if pre == ONE else (1, (pre, self.tokens, width))
+        if self.dealt:
+            args = (node, dim, self.axis.size, self.axis.layout, self.size(self.tokens))
+            node = self.call(layout_ops.collect_rows, args, like, whole)
+        if not self.dealt and not self.divisible:
             node = self.call(aten.slice.Tensor, (node, dim, 0, self.size(self.tokens)), like, whole)
-            if pre != ONE:
-                node = self.contiguous(node, like, whole)
+        if pre != ONE and (self.dealt or not self.divisible):
+            node = self.contiguous(node, like, whole)
         if pre == ONE:
             node = self.reshape(node, like, (self.tokens, width), (pre, self.tokens, width))
         return node

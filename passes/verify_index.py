@@ -2,7 +2,8 @@
 
 A tensor is described by its dims, each a sequence of ``(size, stride)`` digits into the row-major elements of some
 content; a view regroups the digits and a permutation reorders the dims. A content that is split by rows is
-``[pre, extent, post]``: the extent is T tokens, ``L = ceil(T/n)`` of them on this rank, or ``N = n*L`` with padding.
+``[pre, extent, post]``: the extent is T tokens, L of them on this rank (``ceil(T/n)``, an even number if each rank has
+two blocks), or ``N = n*L`` with padding, each rank's rows one after another.
 """
 
 from __future__ import annotations
@@ -165,19 +166,30 @@ def _cut(digits: Sequence[Digit], at: Size) -> list[Digit]:
 
 @dataclass(frozen=True)
 class Split:
-    """How rows are split: ``tokens`` T over ``ranks`` n, ``local`` L each, ``padded`` N = n*L in all."""
+    """How rows are split: ``tokens`` T over ``ranks`` n, ``local`` L each, ``padded`` N = n*L in all.
+
+    ``layout`` says which rows those are; where it is contiguous, they lie in N as they lie in T.
+    """
 
     tokens: Size
     ranks: int
     rank: int
     local: Size
     padded: Size
+    layout: str = "contiguous"
 
     @staticmethod
-    def of(tokens: sympy.Expr, ranks: int, rank: int) -> Split:
+    def of(tokens: sympy.Expr, ranks: int, rank: int, layout: str = "contiguous") -> Split:
         """``tokens`` over ``ranks``, seen from ``rank``."""
         local = plain(FloorDiv(tokens + ranks - 1, ranks))
-        return Split(plain(tokens), ranks, rank, local, times(local, ranks))
+        if layout == "zigzag":
+            local = times(2, plain(FloorDiv(tokens + 2 * ranks - 1, 2 * ranks)))
+        return Split(plain(tokens), ranks, rank, local, times(local, ranks), layout)
+
+    @property
+    def unpadded(self) -> bool:
+        """Whether N holds the rows of T and no others, in their order."""
+        return self.layout == "contiguous" and same(self.padded, self.tokens)
 
     def rescale(self, dims: Dims, old: Size, new: Size, post: Size) -> Dims | None:
         """Digits in ``[pre, old, post]`` as digits in ``[pre, new, post]``; those within a row block stay.

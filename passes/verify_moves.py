@@ -40,7 +40,9 @@ from cpcompile.passes.verify_index import (
 )
 from cpcompile.passes.verify_numbering import Numbering
 
-MOVING = RESHAPES | {"aten::cat", "aten::split_with_sizes"}
+# Ops of this project that put rows in another order; what they do is tested, not proven: tests/test_layout_ops.py.
+DEALING = frozenset(f"cpcompile::{n}" for n in ("own_rows", "deal_rows", "collect_rows"))
+MOVING = RESHAPES | DEALING | {"aten::cat", "aten::split_with_sizes"}
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class Mover:
             made = [replace(value, dims=dims)]
         elif name == "aten::constant_pad_nd":
             made = [self._padded(value, args)]
+        elif name in DEALING:
+            made = [self._dealt(name, value, args)]
         elif name == "aten::slice":
             made = [self._narrowed(value, args)]
         elif name == "aten::split_with_sizes":
@@ -120,7 +124,7 @@ class Mover:
             raise Refused(f"expected group_size {self.axis.size}; found {args['group_size']}", 3)
         if kind == "all_gather_into_tensor" and value.extent == "L":
             dims = self.split.gathered(value.dims, value.post)
-            if dims is None or not same(self.split.padded, self.split.tokens):
+            if dims is None or not self.split.unpadded:
                 return None if dims is None else replace(value, dims=dims, extent="N")
             return self._unpadded(value, dims)
         if kind not in ("all_reduce", "reduce_scatter_tensor") or args["reduce_op"] != "sum":
@@ -145,7 +149,7 @@ class Mover:
                 return None
             return replace(value, dims=dims, extent="L", partial=False)
         pre = divide(product(shape(value.dims)), times(self.split.tokens, post))
-        if not same(self.split.padded, self.split.tokens) or pre is None or len(value.pieces) != 1:
+        if not self.split.unpadded or pre is None or len(value.pieces) != 1:
             return None
         pieces = ((value.content, post),)
         return replace(value, pieces=pieces, dims=dims, extent="L", pre=pre, post=post, partial=False)
@@ -157,6 +161,8 @@ class Mover:
         padded = [len(sizes) - 1 - k // 2 for k, amount in enumerate(amounts) if k % 2 and amount != 0]
         if len(padded) != 1 or any(amounts[::2]) or not value.whole or not is_row_major(value.dims):
             return None
+        if self.split.layout != "contiguous":
+            return None
         at, amount = padded[0], amounts[2 * (len(sizes) - 1 - padded[0]) + 1]
         if sizes[at] != self.split.tokens or args["value"] not in (0, 0.0):
             return None
@@ -165,6 +171,32 @@ class Mover:
         pre, post = product(sizes[:at]), product(sizes[at + 1 :])
         dims = row_major((*sizes[:at], self.split.padded, *sizes[at + 1 :]))
         return Value(((value.content, post),), dims, "N", pre, post, value.partial)
+
+    def _dealt(self, name: str, value: Value, args: Mapping[str, Argument]) -> Value | None:
+        """Rows put in rank order, or this rank's of them, or back in token order."""
+        sizes = shape(value.dims)
+        dim = args["dim"] % len(sizes)
+        expected = {"ranks": self.axis.size, "rank": self.axis.rank, "kind": self.split.layout}
+        for key, wanted in expected.items():
+            if args.get(key, wanted) != wanted:
+                raise Refused(f"expected {key}={wanted}; found {args[key]}", 3)
+        pre, post = product(sizes[:dim]), product(sizes[dim + 1 :])
+        if not is_row_major(value.dims):
+            return None
+        if name == "cpcompile::collect_rows":
+            if value.extent != "N" or value.partial or not same(sizes[dim], self.split.padded) or pre != value.pre:
+                return None
+            if not same(args["tokens"], self.split.tokens):
+                raise Refused(f"expected {self.split.tokens} rows to be collected; found {args['tokens']}", 2)
+            return self._unpadded(value, row_major((*sizes[:dim], self.split.tokens, *sizes[dim + 1 :])))
+        if not value.whole or not same(sizes[dim], self.split.tokens):
+            return None
+        own = name == "cpcompile::own_rows"
+        if own and (value.partial or not self.original.replicated[value.content]):
+            raise Refused(f"expected a value that all ranks share; found own rows of {self.describe(value)}", 2)
+        rows, extent = (self.split.local, "L") if own else (self.split.padded, "N")
+        dims = row_major((*sizes[:dim], rows, *sizes[dim + 1 :]))
+        return Value(((value.content, post),), dims, extent, pre, post, value.partial)
 
     def _narrowed(self, value: Value, args: Mapping[str, Argument]) -> Value | None:
         """A slice of the rows: this rank's, or all without the padding."""
@@ -175,6 +207,8 @@ class Mover:
         told = value.extent == "N"
         if sizes[dim] != self.split.padded or (told and pre != value.pre):
             return None
+        if told and self.split.layout != "contiguous":
+            raise Refused(f"expected {self.split.layout} rows to be collected; found {first}:{last} of them", 2)
         if told and same(first, 0) and same(last, self.split.tokens):
             dims = row_major((*sizes[:dim], self.split.tokens, *sizes[dim + 1 :]))
             return self._unpadded(value, dims)

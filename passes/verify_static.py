@@ -90,7 +90,7 @@ def prove(
 class _Prover:
     def __init__(self, original: Numbering, rewritten: fx.GraphModule, axis: Axis, tokens: sympy.Expr) -> None:
         self.original, self.gm, self.axis = original, rewritten, axis
-        self.split = Split.of(tokens, axis.size, axis.rank)
+        self.split = Split.of(tokens, axis.size, axis.rank, axis.layout)
         self.numbering = Arguments(rewritten, axis)
         self.moves = Mover(original, self.numbering, axis, self.split)
         self.env: dict[fx.Node, tuple[Readings, ...]] = {}

@@ -15,6 +15,7 @@ from cached_models import Cached, mark_prefix
 from conftest import SharedRanks
 from simulate import fake_rank, in_threads, none_failed, real_inputs
 from torch import distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV32Config
@@ -24,6 +25,8 @@ from cpcompile.capture import Trace, capture
 from cpcompile.compiled import Compiled
 from cpcompile.errors import RequirementError
 from cpcompile.exchange import LocalExchange, OfflineExchange
+from cpcompile.layout_ops import own_rows
+from cpcompile.layouts import KINDS
 from cpcompile.options import Options
 from cpcompile.passes.collectives import group_name_of, is_collective, op_name
 from cpcompile.passes.lockstep import RankProgram, run_lockstep
@@ -32,12 +35,13 @@ from cpcompile.passes.verify_static import prove
 from cpcompile.pipeline import compile_graph, copy_graph
 
 TOLERANCE = 2e-5
-PREFIX = 13
+PREFIX = 40
 DIM_NAME = "cp"
 
 
 def build(kind: str) -> Any:
-    return models.build(models.tiny_config(kind))
+    """So many index heads that no score is zero: of equal scores top-k takes any, by the shape that it works on."""
+    return models.build(models.tiny_config(kind, **({"index_n_heads": 32} if kind == "v32" else {})))
 
 
 def replicated_ranks(size: int, model: Any, *args: torch.Tensor, **kwargs: Any) -> SharedRanks:
@@ -97,10 +101,13 @@ def rewritten(compiled: Sequence[Compiled]) -> list[list[fx.GraphModule]]:
         ("v32", 8, 1),
     ],
 )
-def test_every_rank_equals_the_whole_model(kind: str, size: int, batch: int) -> None:
+@pytest.mark.parametrize("layout", KINDS)
+def test_every_rank_equals_the_whole_model(kind: str, size: int, batch: int, layout: str) -> None:
     ranks = prefill(kind, size, batch)
-    for graphs in rewritten(ranks.compile(strategy="cp", profile="ascend-a3")):
-        for tokens in (*range(1, 2 * size + 2), 4 * size + 1, 17):
+    counts = {*range(1, 2 * size + 2), 4 * size + 1, 17} if layout == "contiguous" else {1, size, 2 * size + 1, 17}
+    for graphs in rewritten(ranks.compile(strategy="cp", profile="ascend-a3", layout=layout)):
+        assert bool(graphs[0].graph.find_nodes(op="call_function", target=own_rows)) == (layout != "contiguous")
+        for tokens in sorted(counts):
             ids = ids_of(batch, tokens)
             with torch.no_grad():
                 expected = whole(kind)(input_ids=ids, use_cache=False).logits
@@ -120,20 +127,17 @@ def test_a_long_request(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["v3", "v32"])
-@pytest.mark.parametrize("size", [2, 3])
-def test_chunked_prefill_and_decode_from_the_caches(kind: str, size: int) -> None:
-    """Three chunks and four decode steps give the whole model's logits and caches on every rank, in token order.
-
-    V3's also those of one shot. V3.2's whole model takes the same steps: of keys whose scores are equal (relu makes
-    many zeros) top-k takes any, and which it takes may depend on the shape.
-    """
+@pytest.mark.parametrize(("size", "layout"), [*((2, layout) for layout in KINDS), (3, "contiguous")])
+def test_chunked_prefill_and_decode_from_the_caches(kind: str, size: int, layout: str) -> None:
+    """Three chunks and four decode steps give every rank the logits and caches of one shot, in token order."""
     ranks = chunks(kind, size)
     model = Cached(whole(kind))
-    ids = ids_of(1, 60)
+    ids = ids_of(1, PREFIX + 47)
     with torch.no_grad():
         first = model(ids[:, :PREFIX])[1:]
-    for graphs in rewritten(ranks.compile(strategy="cp", profile="ascend-a3", replicated=["*past*"])):
-        at, caches, alone = PREFIX, [first] * size, first
+    options = {"strategy": "cp", "profile": "ascend-a3", "layout": layout, "replicated": ["*past*"]}
+    for graphs in rewritten(ranks.compile(**options)):
+        at, caches = PREFIX, [first] * size
         for tokens in (17, 2, 24, 1, 1, 1, 1):
             now = ids[:, at : at + tokens].contiguous()
             programs = [
@@ -143,12 +147,50 @@ def test_chunked_prefill_and_decode_from_the_caches(kind: str, size: int) -> Non
             outputs: Any = run_lockstep(programs)
             at += tokens
             with torch.no_grad():
-                logits, *expected = model(ids[:, :at]) if kind == "v3" else model(now, *alone)
-            alone = expected
+                logits, *expected = model(ids[:, :at])
             for rank, found in enumerate(outputs):
                 for number, (mine, theirs) in enumerate(zip(found, [logits[:, -tokens:], *expected], strict=True)):
                     close(mine, theirs, (at, rank, number))
             caches = [found[1:] for found in outputs]
+
+
+class Packed(nn.Module):
+    """Several requests one after another in one row: positions start anew with each, and none sees another's keys."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids, position_ids=positions, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def positions_of(lengths: Sequence[int]) -> torch.Tensor:
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+@functools.cache
+def packed(kind: str, size: int) -> SharedRanks:
+    return replicated_ranks(size, Packed(build(kind)), ids_of(1, 14), positions_of((1, 5, 8)))
+
+
+@pytest.mark.parametrize("kind", ["v3", "v32"])
+@pytest.mark.parametrize(("size", "layout"), [*((2, layout) for layout in KINDS), (3, "contiguous"), (8, "interleave")])
+def test_a_batch_of_several_requests(kind: str, size: int, layout: str) -> None:
+    """Every request has the logits that it has alone, whichever ranks its tokens fall to."""
+    ranks = packed(kind, size)
+    for graphs in rewritten(ranks.compile(strategy="cp", profile="ascend-a3", layout=layout)):
+        for lengths in ((1, 5, 8), (1, 1, 1), (17,), (9, 8)):
+            ids = ids_of(1, sum(lengths))
+            with torch.no_grad():
+                alone = [whole(kind)(input_ids=part, use_cache=False).logits for part in ids.split(lengths, 1)]
+            programs = [
+                RankProgram(gm, feed(trace, [ids, positions_of(lengths)]), {axis.group_name: axis.ranks})
+                for gm, trace, axis in zip(graphs, ranks.traces, ranks.axes, strict=True)
+            ]
+            outputs: Any = run_lockstep(programs)
+            for rank, (logits,) in enumerate(outputs):
+                close(logits, torch.cat(alone, 1), (lengths, rank))
 
 
 def feed(trace: Trace, given: Sequence[torch.Tensor]) -> list[Any]:
@@ -210,14 +252,14 @@ def _place(mesh: DeviceMesh, name: str) -> tuple[int, int, tuple[int, ...]]:
     return axis.size, axis.rank, axis.ranks
 
 
-@pytest.mark.parametrize("kind", ["v3", "v32"])
-def test_context_and_tensor_parallelism_together(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "layout"), [("v3", "contiguous"), ("v3", "zigzag"), ("v32", "contiguous")])
+def test_context_and_tensor_parallelism_together(kind: str, layout: str) -> None:
     traces, axes = hybrid(kind, 2, 2)
     ring = {ranks: LocalExchange.ring(2) for ranks in {a.ranks for both in axes for a in both}}
 
     def work(rank: int) -> Compiled:
         gm = fx.GraphModule(traces[rank].gm, copy_graph(traces[rank].gm.graph))
-        options = Options.parse({"strategy": "hybrid", "profile": "ascend-a3"})
+        options = Options.parse({"strategy": "hybrid", "profile": "ascend-a3", "layout": layout})
         return compile_graph(gm, traces[rank].inputs, options, lambda axis: ring[axis.ranks][axis.rank], axes[rank])
 
     compiled = none_failed(in_threads(work, 4))

@@ -103,6 +103,21 @@ def context_parallelism(mesh: DeviceMesh, folder: str) -> None:
         assert graphs() == 1 and lines == []
 
 
+def layouts(mesh: DeviceMesh, folder: str) -> None:
+    """Whichever rows a rank holds, its caller sees all of them in token order."""
+    whole, model = build(tiny_config("v3", layers=1)), build(tiny_config("v3", layers=1))
+    for layout in ("interleave", "sp", "zigzag"):
+        torch._dynamo.reset()
+        counters.clear()
+        options = {"strategy": "cp", "axes": {"cp": mesh}, "require": ["*self_attn*"], "layout": layout}
+        compiled = torch.compile(model, backend="cpcompile", options=options, fullgraph=True)
+        with heard() as lines, torch.no_grad():
+            for tokens in (17, 2, 3, 4, 5, 8, 1023):
+                ids = ids_of(tokens, TINY["vocab_size"])
+                close(compiled(input_ids=ids, use_cache=False).logits, whole(input_ids=ids, use_cache=False).logits)
+        assert graphs() == 1 and lines == []
+
+
 def every_token_count(mesh: DeviceMesh, folder: str) -> None:
     """T = 0 and 1 get graphs of their own, by dynamo's rule; ``auto`` changes between its variants without another."""
     _model, compiled = block(mesh, profile="ascend-a3", dump_dir=folder)
@@ -198,6 +213,7 @@ def absent_rank(mesh: DeviceMesh, folder: str) -> None:
 SCENARIOS = [
     every_token_count, modes, mistakes, replaced_parameters, training, different_options, inductor, real_models,
     context_parallelism,
+    layouts,
     absent_rank,
 ]  # fmt: skip
 
