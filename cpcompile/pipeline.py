@@ -28,6 +28,7 @@ from cpcompile.passes.collectives import find_all_reduces, group_name_of, is_col
 from cpcompile.passes.materialise import materialise
 from cpcompile.passes.place import place
 from cpcompile.passes.placement_problem import PlacementGraph, build
+from cpcompile.passes.recognise_routed_experts import RecogniseRoutedExperts
 from cpcompile.passes.recognise_sparse_attention import RecogniseSparseAttention
 from cpcompile.passes.token_dims import Annotation, annotate, repeats_attention
 from cpcompile.passes.token_layout import Expr
@@ -80,6 +81,8 @@ def compile_graph(
     runner.run("canonicalise", Canonicalise(), gm)
     if options.sparse_attention:
         runner.run("recognise-sparse-attention", RecogniseSparseAttention(), gm)
+    if options.routed_experts:
+        runner.run("recognise-routed-experts", RecogniseRoutedExperts(), gm)
     result = Compiled(original, [Variant(0, None, original)], Plan(), passes=runner.runs)
     reduced = find_all_reduces(gm)
     result.axes = (

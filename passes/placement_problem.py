@@ -31,6 +31,10 @@ _PRODUCTS = frozenset({"aten.mm", "aten.bmm", "aten.linear", "aten.addmm"})
 _FLOPS: Mapping[str, Callable[[Sequence[Shape], Shape], Expr]] = {
     **dict.fromkeys(_PRODUCTS - {"aten.addmm"}, lambda shapes, out: 2 * product(out) * shapes[0][-1]),
     "aten.addmm": lambda shapes, out: 2 * product(out) * shapes[1][-1],
+    # Gate, factor and result for every slot.
+    "cpcompile.routed_experts": lambda shapes, out: (
+        2 * product(shapes[1]) * (shapes[3][-2] * shapes[3][-1] + shapes[4][-2] * shapes[4][-1])
+    ),
     # Every key for every row and head; then, of the chosen keys, twice the latent and once the rotated part.
     "cpcompile.lightning_indexer": lambda shapes, out: 2 * product(shapes[0]) * shapes[1][1],
     "cpcompile.sparse_attention": lambda shapes, out: (

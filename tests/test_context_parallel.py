@@ -245,11 +245,11 @@ SIZE, TOKENS, LAYERS = 8, 16384, 2
 
 @functools.cache
 def real_sizes(kind: str) -> Compiled:
-    """Two dense layers of real sizes, whole on each of 8 ranks in bfloat16; nothing is allocated."""
+    """A dense layer and one with experts, of real sizes, whole on each of 8 ranks in bfloat16; nothing is allocated."""
     config = (
-        DeepseekV3Config(num_hidden_layers=LAYERS, first_k_dense_replace=LAYERS)
+        DeepseekV3Config(num_hidden_layers=LAYERS, first_k_dense_replace=1)
         if kind == "v3"
-        else DeepseekV32Config(num_hidden_layers=LAYERS, mlp_layer_types=["dense"] * LAYERS)
+        else DeepseekV32Config(num_hidden_layers=LAYERS, mlp_layer_types=["dense", "sparse"])
     )
     with torch.device("meta"):
         ids = torch.zeros((1, 10), dtype=torch.long)
