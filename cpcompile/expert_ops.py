@@ -59,7 +59,7 @@ def _grouped(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 @torch.library.custom_op("cpcompile::grouped_mm", mutates_args=())
 def grouped_mm(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """``[S, O]``: rows ``offsets[e - 1] .. offsets[e]`` of ``rows`` ``[S, I]`` times ``weight[e]``, of ``[E, I, O]``."""
+    """``[S, O]``: rows ``offsets[e - 1] .. offsets[e]`` of ``[S, I]`` times ``weight[e]``, of ``[E, I, O]``."""
     out = rows.new_zeros((rows.shape[0], weight.shape[2]))
     first = 0
     for expert, last in enumerate(offsets.tolist()):

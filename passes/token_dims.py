@@ -116,7 +116,8 @@ def _reduced_tokens(tokens: Expr | None, reduced: Iterable[Shape]) -> Expr | Non
 def repeats_attention(known: Annotation) -> bool | None:
     """Whether every rank of the axis computes all of attention; None where no attention is seen.
 
-    Attention is a product of two values that depend on tokens, or an op of this project's own.
+    Attention is a product of two values that depend on tokens, but not row by row as tokens with their experts' weights
+    are; or it is an op of this project's own.
     """
     from_tokens: set[fx.Node] = set()
     found = []
@@ -124,7 +125,10 @@ def repeats_attention(known: Annotation) -> bool | None:
         operands = [n for n in node.all_input_nodes if n in from_tokens]
         if operands or known.layouts.get(node):
             from_tokens.add(node)
-        if len(operands) > 1 and op_name(node.target) in PRODUCTS_OF_TOKENS:
+        outcome = known.classes.get(node)
+        demands = outcome.operands if isinstance(outcome, RowWise) else {}
+        in_step = all(isinstance(demands.get(n), TokenDim) for n in operands)
+        if len(operands) > 1 and op_name(node.target) in PRODUCTS_OF_TOKENS and not in_step:
             found.append(node)
     return all(node in known.replicated for node in found) if found else None
 

@@ -225,6 +225,8 @@ def test_context_and_tensor_parallelism_together(kind: str) -> None:
     assert not first.refused and [p["holds"] for p in first.proofs] == [True, True]
     decisions = {(c.axis, c.decision) for c in first.report(TOKENS).collectives}
     assert {("cp", "gather"), ("tp", "scatter")} <= decisions
+    scattered = {c.module for c in first.report(TOKENS).collectives if (c.axis, c.decision) == ("tp", "scatter")}
+    assert {"model.embed_tokens", "model.layers.1.mlp"} <= scattered, scattered  # experts and shared ones in one sum
     for tokens in (1, 2, 3, 4, 5, 9, 17):
         ids = ids_of(1, tokens)
         with torch.no_grad():
