@@ -274,7 +274,7 @@ def _unplaceable(known: Annotation, repeats: bool | None, strategy: str) -> str:
         return f"no sum all-reduce of axis {name!r} carries tokens, and no vocabulary gather reads any"
     if known.tokens.is_zero:
         return "there are no tokens: nothing to split"
-    if not known.all_reduces and not repeats:
+    if not known.all_reduces and not known.gathers and not repeats:
         return f"no sum all-reduce of axis {name!r} carries tokens, and no attention is the same on all its ranks"
     if strategy == "tp" and repeats:
         return f"strategy='tp', and every rank of axis {name!r} computes all of attention: that is for 'cp' or 'auto'"
