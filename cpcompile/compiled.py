@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import sympy
 import torch
 import torch.fx as fx
 
 from cpcompile.axes import Axis
 from cpcompile.passes.describe import describe
 from cpcompile.passes.placement_problem import PlacementGraph
-from cpcompile.passes.token_layout import Expr, size_expr
+from cpcompile.passes.token_layout import Expr, counted, size_expr
 from cpcompile.plan import Interval, Plan
 from cpcompile.replication import InputFact
 from cpcompile.report import Collective, PassRun, Report
@@ -53,7 +54,7 @@ def count_at(count: Expr | None, base: Expr | None, tokens: int) -> int:
     """An axis's token count at ``tokens`` tokens of the model: after context parallelism, those of a shard."""
     if count is None or base is None or count == base:
         return tokens
-    return int(count.subs(base, tokens))
+    return int(counted(count, base, sympy.Integer(tokens)).subs(base, tokens))
 
 
 def first_tokens(count: Expr | None, base: Expr | None, least: int) -> int:
@@ -126,14 +127,14 @@ def token_reader(gm: fx.GraphModule, tokens: Expr | None) -> Callable[[Sequence[
         return None
     for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         value = node.meta.get("val")
-        if isinstance(value, torch.SymInt) and value.node.expr == tokens:
-            return partial(_size, index, None)
+        if isinstance(value, torch.SymInt) and (factor := tokens / value.node.expr).is_Integer:
+            return partial(_size, index, None, int(factor))
         if isinstance(value, torch.Tensor):
             for dim, size in enumerate(value.shape):
-                if size_expr(size) == tokens:
-                    return partial(_size, index, dim)
+                if (factor := tokens / size_expr(size)).is_Integer:
+                    return partial(_size, index, dim, int(factor))
     return None
 
 
-def _size(index: int, dim: int | None, args: Sequence[Any]) -> int:
-    return int(args[index] if dim is None else args[index].shape[dim])
+def _size(index: int, dim: int | None, factor: int, args: Sequence[Any]) -> int:
+    return factor * int(args[index] if dim is None else args[index].shape[dim])

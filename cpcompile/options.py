@@ -26,6 +26,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "replicated": ((str, Sequence, Set), "a pattern or a list of patterns"),
     "deterministic": ((bool,), "True or False"),
     "sparse_attention": ((bool,), "True or False"),
+    "routed_experts": ((bool,), "True or False"),
     "plan": ((Plan, str, Path, type(None)), "a Plan or the path of a saved one"),
     "dump_dir": ((str, Path, type(None)), "the path of a folder"),
     "profile": ((str, HardwareProfile), "the name of a profile or a HardwareProfile"),
@@ -58,6 +59,8 @@ class Options:
         replicated: fnmatch patterns of inputs that are the same on every rank; ``"!pattern"`` says not.
         sparse_attention: recognise DeepSeek sparse attention in its eager form and run it as ``lightning_indexer`` and
             ``sparse_attention``, which hold no scores of every query and key. Opt-in, as it moves roundings.
+        routed_experts: recognise experts that sort the tokens and run them as ``routed_experts``, which a shard can run
+            on its own tokens: the same steps, in one op that the compiler takes apart again.
         timeout_s: seconds to wait for the other ranks at compile time.
     """
 
@@ -73,6 +76,7 @@ class Options:
     profile: str | HardwareProfile = ""
     replicated: tuple[str, ...] = ()
     sparse_attention: bool = False
+    routed_experts: bool = True
     timeout_s: float = 120.0
 
     @classmethod

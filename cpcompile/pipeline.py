@@ -28,6 +28,7 @@ from cpcompile.passes.collectives import find_all_reduces, group_name_of, is_col
 from cpcompile.passes.materialise import materialise
 from cpcompile.passes.place import place
 from cpcompile.passes.placement_problem import PlacementGraph, build
+from cpcompile.passes.recognise_routed_experts import RecogniseRoutedExperts
 from cpcompile.passes.recognise_sparse_attention import RecogniseSparseAttention
 from cpcompile.passes.token_dims import Annotation, annotate, repeats_attention
 from cpcompile.passes.token_layout import Expr
@@ -80,6 +81,8 @@ def compile_graph(
     runner.run("canonicalise", Canonicalise(), gm)
     if options.sparse_attention:
         runner.run("recognise-sparse-attention", RecogniseSparseAttention(), gm)
+    if options.routed_experts:
+        runner.run("recognise-routed-experts", RecogniseRoutedExperts(), gm)
     result = Compiled(original, [Variant(0, None, original)], Plan(), passes=runner.runs)
     reduced = find_all_reduces(gm)
     result.axes = (
@@ -273,7 +276,7 @@ def _unplaceable(known: Annotation, repeats: bool | None, strategy: str) -> str:
         return f"no sum all-reduce of axis {name!r} carries tokens, and no vocabulary gather reads any"
     if known.tokens.is_zero:
         return "there are no tokens: nothing to split"
-    if not known.all_reduces and not repeats:
+    if not known.all_reduces and not known.gathers and not repeats:
         return f"no sum all-reduce of axis {name!r} carries tokens, and no attention is the same on all its ranks"
     if strategy == "tp" and repeats:
         return f"strategy='tp', and every rank of axis {name!r} computes all of attention: that is for 'cp' or 'auto'"

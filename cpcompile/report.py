@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-REWRITTEN = ("scatter", "merge", "sink")
+REWRITTEN = ("scatter", "merge", "sink", "remove")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Collective:
         kind: ``"all_reduce"`` or ``"all_gather"``.
         axis: the mesh axis.
         module: the module that the node comes from.
-        decision: ``"scatter"``, ``"merge"``, ``"sink"``, ``"gather"`` or ``"keep"``.
+        decision: ``"scatter"``, ``"merge"``, ``"sink"``, ``"gather"``, ``"remove"`` or ``"keep"``.
         becomes: what stands in its place.
         elements_before: elements sent per rank in the graph as it came.
         elements_after: elements sent per rank in the rewritten graph.

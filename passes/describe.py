@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import sympy
 import torch.fx as fx
 
 from cpcompile.passes.placement_problem import PlacementGraph
 from cpcompile.passes.placement_rules import Mixing
-from cpcompile.passes.token_layout import product
+from cpcompile.passes.token_layout import counted, product
 from cpcompile.plan import Interval
 from cpcompile.report import Collective
 
@@ -48,6 +49,8 @@ def describe(
         route = interval.raises.get(node.name, "")
         if node in graph.known.all_reduces:
             rows.append(_all_reduce(graph, node, route, interval, tokens, fused.get(node.name)))
+        elif node in graph.known.gathers and node in graph.number:
+            rows.append(_existing_gather(graph, node, route, tokens, fused.get(node.name)))
         elif route:
             rows.append(_raised(graph, node, route, tokens, fused.get(node.name)))
     return rows
@@ -61,8 +64,9 @@ def _elements(graph: PlacementGraph, node: fx.Node, steps: int, tokens: int) -> 
     assert t is not None
     if t.is_number:
         return round(float(expr)), str(expr)
-    value = expr.subs({s: tokens if s == t else graph.hints.get(s, 1) for s in expr.free_symbols})
-    return round(float(value)), str(expr.subs(t, sympy.Symbol("T")))
+    at = counted(expr, t, sympy.Integer(tokens))
+    value = at.subs({s: tokens if s == t else graph.hints.get(s, 1) for s in at.free_symbols})
+    return round(float(value)), str(counted(expr, t, sympy.Symbol("T")).subs(t, sympy.Symbol("T")))
 
 
 def _all_reduce(
@@ -109,6 +113,18 @@ def _all_reduce(
     return Collective(
         node.name, "all_reduce", axis, module, decision, becomes, before, after, before_expr, after_expr, reason, fused
     )
+
+
+def _existing_gather(graph: PlacementGraph, node: fx.Node, route: str, tokens: int, fused: int | None) -> Collective:
+    """A gather that the graph came with: removed where its readers run on the rows that each rank brings."""
+    row = _raised(graph, node, "gather", tokens, fused)
+    row = replace(row, elements_before=row.elements_after, elements_before_in_t=row.elements_after_in_t)
+    if route:
+        return replace(row, decision="keep")
+    reason = (
+        "its readers are row-wise and run on the rows that each rank brings; what they need whole is gathered later"
+    )
+    return replace(row, decision="remove", becomes="nothing", elements_after=0, elements_after_in_t="0", reason=reason)
 
 
 def _why_kept(route: str) -> str:

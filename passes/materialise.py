@@ -16,9 +16,9 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from cpcompile.errors import PlanError
-from cpcompile.passes.placement_problem import PlacementGraph
+from cpcompile.passes.placement_problem import PlacementGraph, rows_source, takes_rows
 from cpcompile.passes.placement_rules import UNUSED, RowWise, op_name
-from cpcompile.passes.shard_ops import ShardEmitter
+from cpcompile.passes.shard_ops import ShardEmitter, is_row_major
 from cpcompile.passes.token_layout import TokenDim, product
 from cpcompile.plan import Interval
 
@@ -57,6 +57,7 @@ class _Builder:
         self.emitter = ShardEmitter(self.new, self.known.axis, graph.known.tokens, fake_mode_of(gm), graph.hints)
         self.env: dict[tuple[fx.Node, str, TokenDim | None], fx.Node] = {}
         self.starts = {ar.start for wait, ar in self.known.all_reduces.items() if wait in graph.number}
+        self.starts |= set(self.known.gathers.values())
         self.depth = self._depths()
         self.groups = self._gather_groups()
         self.gathered: list[list[str]] = []
@@ -85,10 +86,12 @@ class _Builder:
         if number is None:
             return "R"
         choice = self.graph.choices[number]
-        return "P" if choice.reduced else self.interval.labels.get(choice.node.name, "R")
+        return "P" if choice.reduced else "S" if choice.gathered else self.interval.labels.get(choice.node.name, "R")
 
     def demand(self, node: fx.Node, operand: fx.Node, label: str) -> tuple[str, TokenDim | None]:
         """Placement at which ``node``, made at ``label``, reads ``operand``, and where it expects the tokens."""
+        if takes_rows(self.graph, node):
+            return "S", self._layout(rows_source(self.graph, node))
         outcome = self.known.classes.get(node)
         wanted = outcome.operands.get(operand) if isinstance(outcome, RowWise) else None
         if wanted is UNUSED:
@@ -160,6 +163,13 @@ class _Builder:
         if node in self.known.all_reduces and node in self.graph.number:
             self.env[node, "P", None] = self._partial_input(node)
             return
+        if node in self.known.gathers:
+            self.env[node, "S", self._layout(node)] = self._gathered_rows(self.known.gathered(node))
+            return
+        if takes_rows(self.graph, node):
+            source = rows_source(self.graph, node)
+            self.env[node, "R", None] = self.get(source, "S", self._layout(source))
+            return
         if op_name(node.target) in ("aten.sym_size", "aten.sym_numel") and self._size_of_shard(node):
             return
         label = self.label(node)
@@ -170,12 +180,18 @@ class _Builder:
         """A size is the whole value's, whatever copy is at hand: compute it from the inputs' sizes instead."""
         source = node.all_input_nodes[0]
         value = node.meta.get("val")
-        if self.label(source) != "S" or not isinstance(value, torch.SymInt):
+        split = self.label(source) == "S" or source in self.starts
+        if not split or not isinstance(value, torch.SymInt):
             return False
         size = self.emitter.size(value.node.expr)
         assert isinstance(size, fx.Node)
         self.env[node, "R", None] = size
         return True
+
+    def _gathered_rows(self, source: fx.Node) -> fx.Node:
+        """What an all-gather of the graph gathers, as the shard that it is."""
+        rows, value = self.get(source, "R", None), source.meta["val"]
+        return rows if is_row_major(value) else self.emitter.contiguous(rows, value, self.known.shapes[source][0])
 
     def _partial_input(self, wait: fx.Node) -> fx.Node:
         source = self.known.all_reduces[wait].input

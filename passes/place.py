@@ -211,12 +211,12 @@ def _interval(
 ) -> Interval:
     problem = graph.problem(best.at, hardware)
     bound = best.solution.bound or lower_bound(problem)
-    unchanged = cost_of(problem, [P if choice.reduced else R for choice in graph.choices])
+    unchanged = cost_of(problem, [P if c.reduced else S if c.gathered else R for c in graph.choices])
     assert unchanged is not None
     labels = {
         choice.node.name: LABELS[label]
         for choice, label in zip(graph.choices, best.solution.labels, strict=True)
-        if label != R and not choice.reduced
+        if label != R and not choice.reduced and not choice.gathered
     }
     raises = {node.name: route for node, route in zip(graph.values, best.raises, strict=True) if route}
     return Interval(

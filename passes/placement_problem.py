@@ -19,7 +19,7 @@ from cpcompile.costs import PICOSECONDS, HardwareProfile
 from cpcompile.passes.mincut import OpChoice, P, Problem, R, S, Use, ValueChoice
 from cpcompile.passes.placement_rules import UNUSED, Mixing, RowWise, find_rule, op_name
 from cpcompile.passes.token_dims import Annotation
-from cpcompile.passes.token_layout import Expr, Shape, TokenDim, product
+from cpcompile.passes.token_layout import Expr, Shape, TokenDim, counted, product
 
 # Same elements, other shape: free at any placement. A slice over all tokens counts too.
 VIEWS = frozenset(
@@ -31,6 +31,10 @@ _PRODUCTS = frozenset({"aten.mm", "aten.bmm", "aten.linear", "aten.addmm"})
 _FLOPS: Mapping[str, Callable[[Sequence[Shape], Shape], Expr]] = {
     **dict.fromkeys(_PRODUCTS - {"aten.addmm"}, lambda shapes, out: 2 * product(out) * shapes[0][-1]),
     "aten.addmm": lambda shapes, out: 2 * product(out) * shapes[1][-1],
+    # Gate, factor and result for every slot.
+    "cpcompile.routed_experts": lambda shapes, out: (
+        2 * product(shapes[1]) * (shapes[3][-2] * shapes[3][-1] + shapes[4][-2] * shapes[4][-1])
+    ),
     # Every key for every row and head; then, of the chosen keys, twice the latent and once the rotated part.
     "cpcompile.lightning_indexer": lambda shapes, out: 2 * product(shapes[0]) * shapes[1][1],
     "cpcompile.sparse_attention": lambda shapes, out: (
@@ -55,12 +59,14 @@ class Choice:
         seconds: compute time on all rows, as polynomial coefficients in T (constant first).
         partial: whether it may run on partial sums.
         reduced: whether it is an all-reduce of the axis: its value starts as a partial sum.
+        gathered: whether it is an all-gather of the axis: its value starts as a shard.
     """
 
     node: fx.Node
     seconds: Polynomial
     partial: bool
     reduced: bool
+    gathered: bool = False
 
 
 @dataclass
@@ -92,6 +98,9 @@ class PlacementGraph:
         size, local = self.known.axis.size, self.known.axis.rows(tokens)
         ops = []
         for choice in self.choices:
+            if choice.gathered:
+                ops.append(OpChoice(choice.node.name, (None, 0, None)))
+                continue
             whole = _picoseconds(evaluate(choice.seconds, tokens))
             shard = whole * local // tokens if tokens else whole
             at_p = 0 if choice.reduced else whole + CARRYING_PARTS if choice.partial else None
@@ -124,6 +133,10 @@ def evaluate(polynomial: Polynomial, tokens: int) -> float:
 
 def polynomial_in(expr: Expr, tokens: Expr, hint: Callable[[sympy.Symbol], int]) -> Polynomial:
     """Coefficients of ``expr`` in T; other symbols take their hints, and non-polynomials their value there."""
+    if not tokens.is_Symbol:
+        count = sympy.Dummy(integer=True, nonnegative=True)
+        counts = counted(expr, tokens, count)
+        expr, tokens = (counts, count) if counts.has(count) else (expr, tokens)
     others = {s: hint(s) for s in expr.free_symbols if s != tokens}
     expr = expr.subs(others) if others else expr
     if expr.is_number:
@@ -144,6 +157,8 @@ def build(known: Annotation, hardware: HardwareProfile) -> PlacementGraph:
         if node in known.all_reduces:
             if isinstance(outcome, RowWise):
                 _add_choice(graph, node, costs, reduced=True)
+        elif node in known.gathers:
+            _add_choice(graph, node, costs, gathered=True)
         elif isinstance(outcome, RowWise) and any(outcome.outputs) and node in known.replicated:
             _add_row_wise(graph, node, outcome, costs)
     _add_whole_uses(graph)
@@ -151,10 +166,17 @@ def build(known: Annotation, hardware: HardwareProfile) -> PlacementGraph:
 
 
 def _add_choice(
-    graph: PlacementGraph, node: fx.Node, costs: _Costs, *, reduced: bool = False, partial: bool = False
+    graph: PlacementGraph,
+    node: fx.Node,
+    costs: _Costs,
+    *,
+    reduced: bool = False,
+    partial: bool = False,
+    gathered: bool = False,
 ) -> int:
     number = len(graph.choices)
-    graph.choices.append(Choice(node, (0.0,) if reduced else costs.seconds(node), partial, reduced))
+    seconds = (0.0,) if reduced or gathered else costs.seconds(node)
+    graph.choices.append(Choice(node, seconds, partial, reduced, gathered))
     graph.number[node] = number
     if isinstance(node.meta["val"], torch.Tensor):
         graph.values[node] = (number, costs.bytes_per_token(node))
@@ -211,6 +233,9 @@ def _add_whole_uses(graph: PlacementGraph) -> None:
     for node in graph.known.shapes:
         if node in graph.number or node in graph.origin:
             continue
+        if takes_rows(graph, node):
+            graph.uses.append((graph.origin[rows_source(graph, node)], None, (S, S, S)))
+            continue
         outcome = graph.known.classes.get(node)
         unused = {n for n, d in outcome.operands.items() if d is UNUSED} if isinstance(outcome, RowWise) else set()
         for operand in node.all_input_nodes:
@@ -220,6 +245,19 @@ def _add_whole_uses(graph: PlacementGraph) -> None:
                 graph.consumers.setdefault(value, []).append((node, why_whole(graph, node)))
             elif operand in graph.number and operand not in unused:
                 raise AssertionError(f"{node} reads the tuple {operand} whole")
+
+
+def rows_source(graph: PlacementGraph, node: fx.Node) -> fx.Node:
+    """The value of which ``node``, or the one reader of the split ``node``, takes this rank's rows."""
+    return graph.known.own_rows.get(node) or node.all_input_nodes[0]
+
+
+def takes_rows(graph: PlacementGraph, node: fx.Node) -> bool:
+    """Whether ``node``, or the one reader of the split ``node``, takes exactly this rank's rows of a placed value."""
+    own = graph.known.own_rows
+    reader = next(iter(node.users), None)
+    split = reader in own and reader.all_input_nodes[0] is node and op_name(node.target) == "aten.split"
+    return (node in own or split) and rows_source(graph, node) in graph.origin
 
 
 def why_whole(graph: PlacementGraph, node: fx.Node) -> str:

@@ -317,6 +317,53 @@ def embedding(call: Call) -> RowWise | Mixing:
     return RowWise({weight: None, indices: layout}, (layout,))
 
 
+def _is_mask(node: fx.Node) -> bool:
+    return node.meta["val"].dtype in (torch.bool, torch.uint8)
+
+
+def lookup(call: Call) -> RowWise | Mixing:
+    """``index(table, [ids, ...])``: a row for each row of the ids, which broadcast, from the whole table."""
+    table, indices = call.node.args[0], call.arg(1, "indices")
+    assert isinstance(table, fx.Node) and isinstance(indices, list | tuple)
+    if any(not isinstance(i, fx.Node) or _is_mask(i) for i in indices):
+        return Mixing("selects by a mask, or keeps leading dims of what it looks rows up in")
+    ids = list(dict.fromkeys(indices))
+    if table in ids:
+        return Mixing("looks up rows of itself")
+    rest = len(call.shape(table)) - len(indices)
+    aligned = _aligned(call, call.out[: len(call.out) - rest], ids)
+    if isinstance(aligned, Mixing):
+        return Mixing("looks up rows of a token table") if call.layout(table) else aligned
+    return RowWise({table: None, **aligned[1]}, (aligned[0],))
+
+
+def masked_write(call: Call) -> RowWise | Mixing:
+    """``index_put(x, [mask], scalar)``: elementwise, the mask being of the leading dims."""
+    indices, value = call.arg(1, "indices"), call.arg(2, "values")
+    target = call.node.args[0]
+    assert isinstance(target, fx.Node) and isinstance(indices, list | tuple) and isinstance(value, fx.Node)
+    if len(indices) != 1 or not isinstance(indices[0], fx.Node) or not _is_mask(indices[0]):
+        return Mixing("writes to rows that it names")
+    mask, shape = indices[0], call.shape(target)
+    if call.shape(value) != () or call.shape(mask) != shape[: len(call.shape(mask))]:
+        return Mixing("writes several values")
+    found = {place for place in map(call.layout, (target, mask)) if place is not None}
+    if len(found) != 1 or mask is target:
+        return Mixing("operands carry their tokens on different dims")
+    rows = found.pop()
+    return RowWise({target: rows, mask: rows if rows.dim < len(call.shape(mask)) else None, value: None}, (rows,))
+
+
+def routed(call: Call) -> RowWise | Mixing:
+    """Tokens, their experts' ids and weights in step; every row needs all experts."""
+    tokens, tables = call.tensors[:3], call.tensors[3:]
+    places = {call.layout(n) for n in tokens}
+    rows = places.pop()
+    if places or rows is None or rows.dim != 0 or len(tables) != 2 or any(call.layout(n) for n in tables):
+        return Mixing("its tokens, ids and weights are not split alike, by their rows")
+    return RowWise({**dict.fromkeys(tokens, rows), **dict.fromkeys(tables)}, (rows,))
+
+
 def queries(keys: frozenset[int]) -> Rule:
     """Row-wise in the queries, ``[B, T, ...]``, and in all but the operands numbered ``keys``, which stay whole."""
 
@@ -401,6 +448,8 @@ RULES: Mapping[str, OpRule] = {
     **{f"aten.{n}": OpRule(matmul, "DTensor matrix ops", "homogeneous") for n in ("mm", "bmm", "linear")},
     "aten.addmm": OpRule(matmul, "DTensor matrix ops"),
     "aten.embedding": OpRule(embedding, "DTensor embedding ops"),
+    "aten.index": OpRule(lookup, "DTensor index ops"),
+    "aten.index_put": OpRule(masked_write, "DTensor index ops"),
     "aten.constant_pad_nd": OpRule(_first(pad), "DTensor tensor ops"),
     **{f"aten.{n}": OpRule(pointwise, _TENSOR, "homogeneous") for n in ("clone", "alias", "detach", "contiguous")},
     **{f"aten.{n}": OpRule(pointwise, _TENSOR) for n in ("zeros_like", "ones_like", "full_like", "empty_like")},
@@ -413,6 +462,7 @@ RULES: Mapping[str, OpRule] = {
     },
     "cpcompile.lightning_indexer": OpRule(queries(frozenset({1})), "own: row-wise in the queries, given whole keys"),
     "cpcompile.sparse_attention": OpRule(queries(frozenset({1, 4})), "own: row-wise in the queries, given whole keys"),
+    "cpcompile.routed_experts": OpRule(routed, "own: row-wise in the tokens, given all experts"),
     "getitem": OpRule(getitem, "own: picks one output", "homogeneous"),
     "_c10d_functional.all_reduce": OpRule(pointwise, "own: elementwise over the ranks of another axis", "homogeneous"),
     "_c10d_functional.wait_tensor": OpRule(pointwise, "own: identity", "homogeneous"),

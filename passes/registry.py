@@ -16,6 +16,7 @@ from cpcompile.passes.base import GraphPass
 PASSES: Mapping[str, str] = {
     "canonicalise": "cpcompile.passes.canonicalise:Canonicalise",
     "recognise-sparse-attention": "cpcompile.passes.recognise_sparse_attention:RecogniseSparseAttention",
+    "recognise-routed-experts": "cpcompile.passes.recognise_routed_experts:RecogniseRoutedExperts",
     "shard-tokens": "cpcompile.passes.shard_tokens:ShardTokens",
     "verify-static": "cpcompile.passes.verify_rewrite:VerifyRewrite",
 }

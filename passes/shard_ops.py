@@ -170,7 +170,7 @@ class ShardEmitter:
     def _middle_rows(self, node: fx.Node, like: torch.Tensor, shape: Shape, layout: TokenDim) -> fx.Node:
         """``node`` as ``[pre, T, post]``."""
         pre, post = self._rows(shape, layout)
-        if not _is_row_major(like):
+        if not is_row_major(like):
             node = self.contiguous(node, like, shape)
         return self.reshape(node, like, shape, (pre, self.tokens, post))
 
@@ -230,7 +230,7 @@ class ShardEmitter:
         rows, widths = [], []
         for node, whole, shape, layout in parts:
             post = self._rows(shape, layout)[1]
-            if not _is_row_major(whole):
+            if not is_row_major(whole):
                 node = self.contiguous(node, whole, local_shape(shape, layout, self.local))
             rows.append(self.reshape(node, whole, local_shape(shape, layout, self.local), (pre, self.local, post)))
             widths.append(post)
@@ -294,7 +294,8 @@ def local_shape(shape: Shape, layout: TokenDim, local: Expr) -> Shape:
     return (*shape[: layout.dim], layout.size(local), *shape[layout.dim + 1 :])
 
 
-def _is_row_major(value: torch.Tensor) -> bool:
+def is_row_major(value: torch.Tensor) -> bool:
+    """Whether a (fake) tensor is row-major; adds no guard."""
     step: Expr = ONE
     for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
         if size_expr(size) != ONE and size_expr(stride) != step:

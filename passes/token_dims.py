@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.fx as fx
 
 from cpcompile.axes import Axis
 from cpcompile.passes.collectives import AllReduce, find_all_reduces
+from cpcompile.passes.existing_moves import find_gathers, gathers_rows, own_rows, taken_from
 from cpcompile.passes.placement_rules import UNUSED, Mixing, RowWise, classify, op_name
 from cpcompile.passes.token_layout import ONE, Expr, Shape, TokenDim, row_dim, value_shapes
 
@@ -34,6 +35,8 @@ class Annotation:
         classes: row-wise or mixing, with reasons, for every call.
         replicated: nodes whose whole value is the same on every rank of the axis.
         all_reduces: the axis's sum all-reduces, by their ``wait_tensor`` node.
+        gathers: the axis's all-gathers of token rows: ``wait_tensor`` node → the node that starts it.
+        own_rows: nodes that are this rank's rows of a whole value → that value.
     """
 
     axis: Axis
@@ -43,6 +46,12 @@ class Annotation:
     classes: dict[fx.Node, RowWise | Mixing]
     replicated: set[fx.Node]
     all_reduces: dict[fx.Node, AllReduce]
+    gathers: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    own_rows: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def gathered(self, wait: fx.Node) -> fx.Node:
+        """What the all-gather that ends in ``wait`` gathers: this rank's rows."""
+        return self.gathers[wait].all_input_nodes[0]
 
 
 def token_placeholder(gm: fx.GraphModule) -> tuple[fx.Node, int] | None:
@@ -81,13 +90,21 @@ def annotate(
     if ids is not None and reduced == tokens:
         layouts[ids[0]] = (TokenDim(ids[1]),)
     tokens = reduced
-    known = Annotation(axis, tokens, shapes, layouts, {}, set(), all_reduces)
+    gathers = find_gathers(gm, axis)
+    parts = {wait: shapes[start.all_input_nodes[0]][0] for wait, start in gathers.items()}
+    if tokens is None:
+        tokens = next((shapes[w][0][0] for w, part in parts.items() if gathers_rows(shapes[w][0], part, None)), None)
+    gathers = {w: s for w, s in gathers.items() if tokens is not None and gathers_rows(shapes[w][0], parts[w], tokens)}
+    known = Annotation(axis, tokens, shapes, layouts, {}, set(), all_reduces, gathers)
     starts = {ar.start for ar in all_reduces.values()}
     for node in gm.graph.nodes:
         if node in starts:
             known.classes[node] = Mixing("is an all-reduce of this axis")
         elif node in all_reduces:
             _seed_all_reduce(known, all_reduces[node])
+        elif node in gathers:
+            layouts[node] = (TokenDim(0),)
+            known.classes[node] = RowWise({}, (TokenDim(0),))
         elif op_name(node.target) == "aten.arange" and shapes[node] == ((known.tokens,),):
             layouts[node] = (TokenDim(0),)  # positions: whole on every rank, and each rank can take its own
         elif node.op == "call_function" and known.tokens is not None:
@@ -95,6 +112,8 @@ def annotate(
             known.classes[node] = outcome
             if isinstance(outcome, RowWise) and any(outcome.outputs):
                 layouts[node] = outcome.outputs
+            elif _takes_own_rows(node, known):
+                known.own_rows[node] = taken_from(node)  # type: ignore[assignment]
         if _is_replicated(node, known, facts, rank_dependent):
             known.replicated.add(node)
     return known
@@ -116,7 +135,8 @@ def _reduced_tokens(tokens: Expr | None, reduced: Iterable[Shape]) -> Expr | Non
 def repeats_attention(known: Annotation) -> bool | None:
     """Whether every rank of the axis computes all of attention; None where no attention is seen.
 
-    Attention is a product of two values that depend on tokens, or an op of this project's own.
+    Attention is a product of two values that depend on tokens, but not row by row as tokens with their experts' weights
+    are; or it is an op of this project's own.
     """
     from_tokens: set[fx.Node] = set()
     found = []
@@ -124,9 +144,20 @@ def repeats_attention(known: Annotation) -> bool | None:
         operands = [n for n in node.all_input_nodes if n in from_tokens]
         if operands or known.layouts.get(node):
             from_tokens.add(node)
-        if len(operands) > 1 and op_name(node.target) in PRODUCTS_OF_TOKENS:
+        outcome = known.classes.get(node)
+        demands = outcome.operands if isinstance(outcome, RowWise) else {}
+        in_step = all(isinstance(demands.get(n), TokenDim) for n in operands)
+        if len(operands) > 1 and op_name(node.target) in PRODUCTS_OF_TOKENS and not in_step:
             found.append(node)
     return all(node in known.replicated for node in found) if found else None
+
+
+def _takes_own_rows(node: fx.Node, known: Annotation) -> bool:
+    source = taken_from(node)
+    layout = known.layouts.get(source, (None,))[0] if source is not None else None
+    if source is None or layout is None or known.tokens is None:
+        return False
+    return own_rows(node, known.axis, known.tokens, known.shapes[source][0], layout)
 
 
 PRODUCTS_OF_TOKENS = frozenset({"aten.mm", "aten.bmm", "cpcompile.sparse_attention"})
@@ -156,7 +187,7 @@ def _is_replicated(
         return facts.get(node.name, False)
     if node.op == "get_attr":
         return True
-    if node in known.all_reduces:
+    if node in known.all_reduces or node in known.gathers:
         return True
     if node.op != "call_function":
         return False

@@ -93,6 +93,14 @@ def through_view(source: Shape, target: Shape, layout: TokenDim, tokens: Expr) -
     return None
 
 
+def counted(expr: Expr, tokens: Expr, count: Expr) -> Expr:
+    """``expr`` with ``count`` for T where T is a symbol or a multiple of one, of what each rank brings."""
+    if len(tokens.free_symbols) != 1:
+        return expr
+    (symbol,) = tokens.free_symbols
+    return expr.subs(symbol, count * symbol / tokens) if (tokens / symbol).is_number else expr
+
+
 def row_dim(shape: Shape, tokens: Expr | None) -> TokenDim | None:
     """The token dim of a ``[..., T, H]`` value about which nothing else is known: its last row dim of size > 1.
 

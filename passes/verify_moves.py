@@ -27,6 +27,7 @@ from cpcompile.passes.verify_arguments import (
 )
 from cpcompile.passes.verify_index import (
     Dims,
+    Rows,
     Shape,
     Size,
     Split,
@@ -263,6 +264,28 @@ class Mover:
             dims = row_major((*sizes[:dim], width, *sizes[dim + 1 :]))
             found.append(replace(value, pieces=(pending.pop(0),), dims=dims, post=part))
         return [] if pending else [whole((v.content, v.dims)) if v.extent == "T" else v for v in found]
+
+    def alike(self, value: Value) -> list[Value]:
+        """What else ``value`` is where the original gathers it over the axis, or takes this rank's rows itself."""
+        local, tokens = self.split.local, self.split.tokens
+        if value.partial or len(value.pieces) != 1 or not same(self.split.padded, tokens):
+            return []
+        if value.whole:
+            gathered = self.original.gathers.get((value.content, value.dims))
+            sizes = shape(value.dims)
+            if gathered is None or not sizes or not same(sizes[0], local) or shape(gathered[1])[0] != tokens:
+                return []
+            post = product(sizes[1:])
+            return [Value(((gathered[0], post),), row_major(sizes), "L", 1, post)]
+        if value.extent != "L":
+            return []
+        mine = times(local, self.split.rank)
+        wholes = self.split.wholes(value.dims, value.post)
+        return [
+            whole(part)
+            for dims, dim, first, last, part in self.original.parts.get(value.content, [])
+            if same(first, mine) and same(last, mine + local) and (dims, Rows(dim)) in wholes
+        ]
 
     def as_partial(self, value: Value) -> Value | None:
         """What the original all-reduces, as a summand of the result."""

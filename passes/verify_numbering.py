@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from cpcompile.axes import Axis
 from cpcompile.passes.collectives import group_name_of, is_wait
 from cpcompile.passes.verify_arguments import (
+    LAST,
     RESHAPES,
     Arguments,
     Refused,
@@ -29,7 +30,7 @@ from cpcompile.passes.verify_arguments import (
     op_name,
     reshaped,
 )
-from cpcompile.passes.verify_index import Dims, Shape, row_major, shape, tensor_shape
+from cpcompile.passes.verify_index import Dims, Shape, Size, row_major, shape, tensor_shape, times
 
 PURE_NAMESPACES = frozenset({"aten", "prims", "transformers", "cpcompile"})
 
@@ -44,6 +45,8 @@ class Numbering(Arguments):
         sums: content that this axis all-reduces → content of the sum.
         names: the node that first had a content with these digits.
         volatile: contents of graph inputs that are written in place.
+        gathers: what this axis all-gathers along dim 0 → the result.
+        parts: content → its dims, dim, first and last row, and the value that is these rows of it.
     """
 
     def __init__(self, gm: fx.GraphModule, axis: Axis) -> None:
@@ -58,6 +61,8 @@ class Numbering(Arguments):
         self.names: dict[tuple[int, Dims | None], str] = {}
         self.volatile: set[int] = set()
         self.varying: set[int] = set()
+        self.gathers: dict[View, View] = {}
+        self.parts: dict[int, list[tuple[Dims, int, Size, Size, View]]] = {}
         self._made: list[tuple[fx.Node, tuple[View, ...], list[int]]] = []
 
     @classmethod
@@ -141,11 +146,32 @@ class Numbering(Arguments):
         if key not in self.calls:
             operands = [] if self.reads_no_data(node) else [content for content, _ in at.values()]
             self.calls[key] = self._new(node, operands)
+            if source in at and node.args[0] is source:
+                self._note_rows(node, at[source], self.calls[key])
             if isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool):
                 self.numbers[key] = node.meta["val"].node.expr
         if key in self.numbers:
             self.sizes[node] = self.numbers[key]
         return self.calls[key]
+
+    def _note_rows(self, node: fx.Node, source: View, results: tuple[View, ...]) -> None:
+        """Note gathers over the axis, and what are some rows of a value."""
+        name, args = op_name(node.target), self.arguments(node)
+        content, dims = source
+        if content in self.volatile:
+            return
+        if name == "_c10d_functional::all_gather_into_tensor" and self.axis.owns(group_name_of(node)):
+            if args["group_size"] == self.axis.size:
+                self.gathers[source] = results[0]
+        elif name == "aten::slice" and args["step"] == 1:
+            dim, end = args["dim"] % len(dims), args["end"]
+            last = shape(dims)[dim] if end is None or end == LAST else end
+            self.parts.setdefault(content, []).append((dims, dim, args["start"] or 0, last, results[0]))
+        elif name == "aten::split" and self.axis.rank < len(results):
+            size, dim = args["split_size"], args["dim"] % len(dims)
+            first = times(size, self.axis.rank)
+            part = (dims, dim, first, first + size, results[self.axis.rank])
+            self.parts.setdefault(content, []).append(part)
 
     def _followed(self, node: fx.Node, view: View) -> View | None:
         """``view`` after an op that leaves its content as it is, or that sums it over the axis."""

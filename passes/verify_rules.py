@@ -170,6 +170,43 @@ def embedding(call: Call) -> Rows | str:
     return call.rows[indices] if set(call.rows) == {indices} and weight is not indices else "it looks rows up"
 
 
+def _is_boolean(node: fx.Node) -> bool:
+    return node.meta["val"].dtype in (torch.bool, torch.uint8)
+
+
+def index(call: Call) -> Rows | str:
+    """Rows of the numbers that index the first dims of a table of which every row is there."""
+    table, numbers = call.arg("self"), call.arg("indices")
+    if not isinstance(numbers, list | tuple) or table in call.rows:
+        return "it looks rows up"
+    if any(not isinstance(n, fx.Node) or _is_boolean(n) for n in numbers):
+        return "it does not look up a row for each number"
+    lead = call.out[0][: len(call.out[0]) - len(call.shapes[table]) + len(numbers)]  # type: ignore[index]
+    return pointwise(Call(call.node, {n: call.shapes[n] for n in numbers}, call.rows, (lead,)))
+
+
+def index_put(call: Call) -> Rows | str:
+    """One value written wherever a mask over the leading dims says."""
+    below, masks, value = call.arg("self"), call.arg("indices"), call.arg("values")
+    assert isinstance(below, fx.Node) and isinstance(masks, list | tuple)
+    if len(masks) != 1 or not isinstance(masks[0], fx.Node) or not _is_boolean(masks[0]) or call.shapes[value] != ():  # type: ignore[index]
+        return "it writes to rows that it names"
+    rows = call.rows.get(below)
+    if rows is None:
+        return "its mask is of rows and what it writes to is not"
+    if rows.dim >= len(call.shapes[masks[0]]):
+        return rows if set(call.rows) == {below} else "its mask is of other rows"
+    return rows if call.rows.get(masks[0]) == rows else "its mask is not split as what it writes to"
+
+
+def experts(call: Call) -> Rows | str:
+    """Rows of the tokens, of their experts' ids and of their weights; all of both tables."""
+    rows = [call.rows.get(node) for node in call.node.args[:3]]  # type: ignore[arg-type]
+    if rows[0] is None or rows[0].dim != 0 or len(call.rows) != 3 or any(r != rows[0] for r in rows):
+        return "its tokens, their experts and weights are not split alike"
+    return rows[0]
+
+
 def attends(*whole: str) -> Rule:
     """Rows of queries, ``[B, rows, ...]``, and of what goes with each, over keys of which every row is there."""
 
@@ -207,7 +244,10 @@ RULES: Mapping[str, Rule] = {
     **{f"aten::{n}": dropping for n in ("select", "unbind")},
     "aten::expand": expand,
     "aten::embedding": embedding,
+    "aten::index": index,
+    "aten::index_put": index_put,
     "aten::constant_pad_nd": pad,
+    "cpcompile::routed_experts": experts,
     "cpcompile::lightning_indexer": attends("key"),
     "cpcompile::sparse_attention": attends("key", "key_rope"),
     **{f"aten::{n}": pointwise for n in ("zeros_like", "ones_like", "full_like", "empty_like", "_to_copy")},

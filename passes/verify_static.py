@@ -118,6 +118,7 @@ class _Prover:
             return None  # The failure of an operand has been told.
         else:
             found = self._call(node)
+        found = tuple((*readings, *(v for r in readings for v in self.moves.alike(r))) for readings in found)
         self._check_shapes(node, found)
         self.env[node] = found
         self.facts[node.name] = ", ".join(self.moves.describe(readings[0]) for readings in found)

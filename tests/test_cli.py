@@ -239,7 +239,7 @@ def test_print_between_passes(trace):
 
 def test_list_of_passes():
     lines = run("opt", "--list").stdout.splitlines()
-    names = ["canonicalise", "recognise-sparse-attention", "shard-tokens", "verify-static"]
+    names = ["canonicalise", "recognise-sparse-attention", "recognise-routed-experts", "shard-tokens", "verify-static"]
     assert [line.split("{")[0].split()[0] for line in lines] == names
     assert "{axis=tp,tokens=16384,strategy=auto,profile=ascend-a3}" in lines[2]
 

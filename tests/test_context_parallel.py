@@ -267,6 +267,8 @@ def test_context_and_tensor_parallelism_together(kind: str, layout: str) -> None
     assert not first.refused and [p["holds"] for p in first.proofs] == [True, True]
     decisions = {(c.axis, c.decision) for c in first.report(TOKENS).collectives}
     assert {("cp", "gather"), ("tp", "scatter")} <= decisions
+    scattered = {c.module for c in first.report(TOKENS).collectives if (c.axis, c.decision) == ("tp", "scatter")}
+    assert {"model.embed_tokens", "model.layers.1.mlp"} <= scattered, scattered  # experts and shared ones in one sum
     for tokens in (1, 2, 3, 4, 5, 9, 17):
         ids = ids_of(1, tokens)
         with torch.no_grad():
@@ -287,11 +289,11 @@ SIZE, TOKENS, LAYERS = 8, 16384, 2
 
 @functools.cache
 def real_sizes(kind: str) -> Compiled:
-    """Two dense layers of real sizes, whole on each of 8 ranks in bfloat16; nothing is allocated."""
+    """A dense layer and one with experts, of real sizes, whole on each of 8 ranks in bfloat16; nothing is allocated."""
     config = (
-        DeepseekV3Config(num_hidden_layers=LAYERS, first_k_dense_replace=LAYERS)
+        DeepseekV3Config(num_hidden_layers=LAYERS, first_k_dense_replace=1)
         if kind == "v3"
-        else DeepseekV32Config(num_hidden_layers=LAYERS, mlp_layer_types=["dense"] * LAYERS)
+        else DeepseekV32Config(num_hidden_layers=LAYERS, mlp_layer_types=["dense", "sparse"])
     )
     with torch.device("meta"):
         ids = torch.zeros((1, 10), dtype=torch.long)

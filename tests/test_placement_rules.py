@@ -80,6 +80,8 @@ class Op:
         """The call in a graph, the nodes of its operands, and all shapes."""
         graph = fx.Graph()
         nodes = {x: graph.placeholder(f"x{k}") for k, x in enumerate(self.operands)}
+        for x, value in self.values().items():
+            nodes[x].meta["val"] = value
         args, kwargs = fx.node.map_aggregate((self.args, self.kwargs), lambda a: nodes[a] if isinstance(a, X) else a)
         node = graph.call_function(self.target, args, kwargs)
         outs = [o for o in self.run(self.values()) if isinstance(o, Tensor)]
@@ -276,6 +278,21 @@ CASES: dict[str, list[Op]] = {
     "aten.embedding": [
         op("01", A.embedding.default, f(10, 8), i(6, 4, high=10), of=1),
         op("", A.embedding.default, f(10, 8), i(6, 4, high=10)),
+    ],
+    "aten.index": [
+        op("01", A.index.Tensor, f(10, 8), [i(6, 4, high=10)], of=1),
+        op("0", A.index.Tensor, f(3, 5, 8), [i(6, 1, high=3), i(1, 4, high=5)], of=1),
+        op("1", A.index.Tensor, f(3, 5), [i(6, 1, high=3), i(1, 4, high=5)], of=2),
+        op("", A.index.Tensor, f(10, 8), [i(6, high=10)]),  # rows of a table of tokens
+        op("", A.index.Tensor, f(10, 8), [None, i(6, high=8)], of=1),
+        op("", A.index.Tensor, f(6, 8), [b(6)], of=1),
+    ],
+    "aten.index_put": [
+        op("012", A.index_put.default, f(*SHAPE), [b(6, 4)], f()),
+        op("012", A.index_put.default, f(*SHAPE), [b(*SHAPE)], f(), True),
+        op("01", A.index_put.default, f(*SHAPE), [b(6, 4)], f(), of=1),
+        op("", A.index_put.default, f(6, 8), [i(4, high=6)], f()),
+        op("", A.index_put.default, f(6, 8), [b(6)], f(8)),
     ],
     "aten.constant_pad_nd": [
         op("01", A.constant_pad_nd.default, f(*SHAPE), [1, 2]),
@@ -590,6 +607,7 @@ def test_all_reduce_over_another_axis_is_row_wise(reduce_op: str, linear: str) -
 
 # Rows that DTensor cannot confirm, and why; their numbers are checked above like all others'.
 NO_STRATEGY = {
+    "aten.index_put": "its strategy takes a mask for integers: on shards of both it asks for shapes that differ",
     "aten.copy": "no strategy is registered: functionalisation does not show it copy, only copy_",
     "aten.lift_fresh_copy": "no strategy is registered: it is met in tracing only, on constants",
     "aten.sym_size": "returns an int, which DTensor answers without a strategy",
