@@ -248,7 +248,7 @@ def _rewrite_axis(
             found.append(variant)
             continue
         result.tokens = result.tokens or known.tokens
-        if repeats:
+        if repeats and not known.gathers and not known.own_rows:  # a graph's own moves are of contiguous rows
             known.axis = replace(axis, layout=options.layout)
         graph = runner.run("problem", build, known, hardware)
         fingerprint = _identity(original, variant)

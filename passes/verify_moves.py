@@ -268,7 +268,7 @@ class Mover:
     def alike(self, value: Value) -> list[Value]:
         """What else ``value`` is where the original gathers it over the axis, or takes this rank's rows itself."""
         local, tokens = self.split.local, self.split.tokens
-        if value.partial or len(value.pieces) != 1 or not same(self.split.padded, tokens):
+        if value.partial or len(value.pieces) != 1 or not self.split.unpadded:
             return []
         if value.whole:
             gathered = self.original.gathers.get((value.content, value.dims))
