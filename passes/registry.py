@@ -15,6 +15,7 @@ from cpcompile.passes.base import GraphPass
 # In the order in which the pipeline runs them.
 PASSES: Mapping[str, str] = {
     "canonicalise": "cpcompile.passes.canonicalise:Canonicalise",
+    "per-token-attention": "cpcompile.passes.per_token_attention:PerTokenAttention",
     "recognise-sparse-attention": "cpcompile.passes.recognise_sparse_attention:RecogniseSparseAttention",
     "shard-tokens": "cpcompile.passes.shard_tokens:ShardTokens",
     "verify-static": "cpcompile.passes.verify_rewrite:VerifyRewrite",

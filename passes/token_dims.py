@@ -14,6 +14,7 @@ import torch
 import torch.fx as fx
 
 from cpcompile.axes import Axis
+from cpcompile.passes import npu_ops
 from cpcompile.passes.collectives import AllReduce, find_all_reduces
 from cpcompile.passes.placement_rules import UNUSED, Mixing, RowWise, classify, op_name
 from cpcompile.passes.token_layout import ONE, Expr, Shape, TokenDim, row_dim, value_shapes
@@ -124,12 +125,15 @@ def repeats_attention(known: Annotation) -> bool | None:
         operands = [n for n in node.all_input_nodes if n in from_tokens]
         if operands or known.layouts.get(node):
             from_tokens.add(node)
-        if len(operands) > 1 and op_name(node.target) in PRODUCTS_OF_TOKENS:
+        product = op_name(node.target) in PRODUCTS_OF_TOKENS or npu_ops.base_name(node.target) in npu_ops.ATTENTION
+        if len(operands) > 1 and product:
             found.append(node)
     return all(node in known.replicated for node in found) if found else None
 
 
-PRODUCTS_OF_TOKENS = frozenset({"aten.mm", "aten.bmm", "cpcompile.sparse_attention"})
+PRODUCTS_OF_TOKENS = frozenset(
+    {"aten.mm", "aten.bmm"} | {f"cpcompile.{n}attention" for n in ("sparse_", "paged_sparse_", "paged_")}
+)
 
 
 def _seed_all_reduce(known: Annotation, ar: AllReduce) -> None:
@@ -164,7 +168,8 @@ def _is_replicated(
         namespace = node.target.namespace
         if namespace == "_c10d_functional":
             return _collective_is_replicated(node, known)
-        if namespace not in PURE_NAMESPACES or torch.Tag.nondeterministic_seeded in node.target.tags:
+        pure = namespace in PURE_NAMESPACES or npu_ops.base_name(node.target) in npu_ops.PURE
+        if not pure or torch.Tag.nondeterministic_seeded in node.target.tags:
             return False
     outcome = known.classes.get(node)
     unused = {n for n, d in outcome.operands.items() if d is UNUSED} if isinstance(outcome, RowWise) else set()
