@@ -17,6 +17,7 @@ PASSES: Mapping[str, str] = {
     "canonicalise": "cpcompile.passes.canonicalise:Canonicalise",
     "per-token-attention": "cpcompile.passes.per_token_attention:PerTokenAttention",
     "recognise-sparse-attention": "cpcompile.passes.recognise_sparse_attention:RecogniseSparseAttention",
+    "npu-attention": "cpcompile.passes.npu_attention:NpuAttention",
     "shard-tokens": "cpcompile.passes.shard_tokens:ShardTokens",
     "verify-static": "cpcompile.passes.verify_rewrite:VerifyRewrite",
 }

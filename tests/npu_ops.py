@@ -16,14 +16,14 @@ LAST = (1 << 63) - 1
 _LIBRARIES: list[torch.library.Library] = []
 
 
-def define(schema: str, fake: Callable[..., Any], kernel: Callable[..., Any]) -> None:
+def define(schema: str, fake: Callable[..., Any], kernel: Callable[..., Any], namespace: str = "npu") -> None:
     name = schema.partition("(")[0]
-    if hasattr(torch.ops.npu, name):
+    if hasattr(getattr(torch.ops, namespace), name):
         return
-    library = torch.library.Library("npu", "FRAGMENT")
+    library = torch.library.Library(namespace, "FRAGMENT")
     _LIBRARIES.append(library)
     library.define(schema)
-    torch.library.register_fake(f"npu::{name}", fake, lib=library)
+    torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
     library.impl(name, kernel, "CompositeExplicitAutograd")
 
 
@@ -104,7 +104,7 @@ def _sparse_attention(
         latent, rope = (_keys(cache, block_table[number], length) for cache in (key, key_rope))
         visible = torch.zeros(len(rows), length, dtype=torch.bool)
         for at, row in enumerate(rows):
-            chosen = [k for k in sparse_indices[row, 0].tolist() if k >= 0]
+            chosen = [k for k in sparse_indices[row, 0].tolist() if 0 <= k < length]
             visible[at, chosen] = True
             visible[at, _sees(row, rows, length) if sparse_mode == 3 else length :] = False
         part = slice(rows.start, rows.stop)
@@ -130,6 +130,47 @@ define(
     " -> (Tensor, Tensor, Tensor)",
     lambda query, *_, **__: (torch.empty_like(query), query.new_empty(0), query.new_empty(0)),
     _sparse_attention,
+)
+
+
+def _dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, atten_mask: Tensor | None = None,
+    actual_seq_lengths: Tensor | None = None, actual_seq_lengths_kv: Tensor | None = None,
+    block_table: Tensor | None = None, query_rope: Tensor | None = None, key_rope: Tensor | None = None,
+    num_heads: int = 1, scale: float = 1.0, input_layout: str = "BSH", num_key_value_heads: int = 0,
+    sparse_mode: int = 0, block_size: int = 0, **others: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    assert (input_layout, num_heads, num_key_value_heads) == ("TND", query.shape[1], 1) and block_size == key.shape[2]
+    assert actual_seq_lengths is not None and actual_seq_lengths_kv is not None and block_table is not None
+    assert query_rope is not None and key_rope is not None and (sparse_mode == 3) == (atten_mask is not None)
+    out = torch.zeros_like(query)
+    for number, rows, length in _requests(actual_seq_lengths.tolist(), actual_seq_lengths_kv.tolist()):
+        latent, rope = (_keys(cache.transpose(1, 2), block_table[number], length) for cache in (key, key_rope))
+        seen = torch.tensor([_sees(row, rows, length) if sparse_mode == 3 else length for row in rows])
+        visible = torch.arange(length) < seen[:, None]
+        part = slice(rows.start, rows.stop)
+        both = torch.cat([query[part], query_rope[part]], -1)
+        out[part] = _attention(both, torch.cat([latent, rope], -1), latent, scale, visible)
+    return out, query.new_empty(0)
+
+
+_TENSORS = [
+    "dequant_scale1", "quant_scale1", "dequant_scale2", "quant_scale2", "quant_offset2", "antiquant_scale",
+    "antiquant_offset", "key_antiquant_scale", "key_antiquant_offset", "value_antiquant_scale",
+    "value_antiquant_offset", "block_table", "query_padding_size", "kv_padding_size", "key_shared_prefix",
+    "value_shared_prefix", "actual_shared_prefix_len", "query_rope", "key_rope", "key_rope_antiquant_scale",
+]  # fmt: skip
+define(
+    "npu_fused_infer_attention_score(Tensor query, Tensor key, Tensor value, *, Tensor? pse_shift=None, "
+    "Tensor? atten_mask=None, Tensor? actual_seq_lengths=None, Tensor? actual_seq_lengths_kv=None, "
+    + "".join(f"Tensor? {name}=None, " for name in _TENSORS)
+    + "int num_heads=1, float scale=1.0, int pre_tokens=2147483647, int next_tokens=2147483647, "
+    'str input_layout="BSH", int num_key_value_heads=0, int sparse_mode=0, int inner_precise=0, int block_size=0, '
+    "int antiquant_mode=0, int key_antiquant_mode=0, int value_antiquant_mode=0, bool softmax_lse_flag=False)"
+    " -> (Tensor, Tensor)",
+    lambda query, *_, **__: (torch.empty_like(query), query.new_empty(0)),
+    _dense_attention,
+    namespace="air",
 )
 
 

@@ -89,6 +89,8 @@ def batch(lengths: Sequence[int], prefixes: Sequence[int], blocks: int, sizes: S
 class Layer(nn.Module):
     """MLA with absorbed up-projections under an indexer, and a dense MLP."""
 
+    caches = ("latent", "rope", "index_width")  # widths of what a token has in each cache
+
     def __init__(self, sizes: Sizes, dtype: torch.dtype) -> None:
         super().__init__()
         s = self.sizes = sizes
@@ -113,23 +115,32 @@ class Layer(nn.Module):
     def attention(
         self, h: Tensor, rope: tuple[Tensor, Tensor], given: Sequence[Tensor], caches: Sequence[Tensor]
     ) -> Tensor:
-        s, (slots, table, ends, lengths) = self.sizes, given
+        s, slots = self.sizes, given[0]
         q_lora, latent, k_rope = (h @ self.qkv_a.T).split([s.q_lora, s.latent, s.rope], -1)
         q_lora = npu.npu_rms_norm(q_lora, self.q_norm)[0]
         nope, q_rope = (q_lora @ self.q_b.T).view(-1, s.heads, s.nope + s.rope).split([s.nope, s.rope], -1)
         query = torch.bmm(nope.transpose(0, 1), self.k_up).transpose(0, 1)  # [T, H, L]
         q_rope = npu.npu_interleave_rope(q_rope.unsqueeze(2), *rope).squeeze(2)
-        latent_cache, rope_cache, index_cache = caches
+        latent_cache, rope_cache = caches[:2]
         self.write(latent_cache, slots, npu.npu_rms_norm(latent, self.kv_norm)[0])
         self.write(rope_cache, slots, npu.npu_interleave_rope(k_rope[:, None, None], *rope)[:, 0, 0])
-        metadata = {"block_table": table, "actual_seq_lengths_query": ends, "sparse_mode": 3, "layout_query": "TND"}
-        chosen = self.choose(h, q_lora, rope, slots, index_cache, lengths, metadata)
-        out = npu.npu_sparse_flash_attention(
-            query, latent_cache, latent_cache, chosen, (s.nope + s.rope) ** -0.5, query_rope=q_rope,
-            key_rope=rope_cache, actual_seq_lengths_kv=lengths, layout_kv="PA_BSND", attention_mode=2, **metadata,
-        )[0]  # fmt: skip
+        out = self.attend((query, q_rope), caches, given, h, q_lora, rope)
         out = torch.bmm(out.transpose(0, 1), self.v_up).transpose(0, 1)
         return out.reshape(-1, s.heads * s.value) @ self.o.T
+
+    def attend(
+        self, query: tuple[Tensor, Tensor], caches: Sequence[Tensor], given: Sequence[Tensor], h: Tensor,
+        q_lora: Tensor, rope: tuple[Tensor, Tensor],
+    ) -> Tensor:  # fmt: skip
+        """``[T, H, L]``."""
+        s, (slots, table, ends, lengths) = self.sizes, given
+        latent_cache, rope_cache, index_cache = caches
+        metadata = {"block_table": table, "actual_seq_lengths_query": ends, "sparse_mode": 3, "layout_query": "TND"}
+        chosen = self.choose(h, q_lora, rope, slots, index_cache, lengths, metadata)
+        return npu.npu_sparse_flash_attention(
+            query[0], latent_cache, latent_cache, chosen, (s.nope + s.rope) ** -0.5, query_rope=query[1],
+            key_rope=rope_cache, actual_seq_lengths_kv=lengths, layout_kv="PA_BSND", attention_mode=2, **metadata,
+        )[0]  # fmt: skip
 
     def choose(
         self, h: Tensor, q_lora: Tensor, rope: tuple[Tensor, Tensor], slots: Tensor, cache: Tensor, lengths: Tensor,
@@ -176,6 +187,29 @@ class PutLayer(Layer):
         cache.view(-1, cache.shape[-1])[slots.long()] = values
 
 
+class DenseLayer(Layer):
+    """V3's: MLA over all keys, as torchair's graphs call it, with lengths as tensors and caches with heads first."""
+
+    caches = ("latent", "rope")
+
+    def __init__(self, sizes: Sizes, dtype: torch.dtype) -> None:
+        super().__init__(sizes, dtype)
+        self.register_buffer("mask", torch.ones(2048, 2048, dtype=torch.bool).triu(1), persistent=False)
+
+    def attend(
+        self, query: tuple[Tensor, Tensor], caches: Sequence[Tensor], given: Sequence[Tensor], h: Tensor,
+        q_lora: Tensor, rope: tuple[Tensor, Tensor],
+    ) -> Tensor:  # fmt: skip
+        s, (_, table, ends, lengths) = self.sizes, given
+        latents, ropes = (cache.transpose(1, 2) for cache in caches)
+        return torch.ops.air.npu_fused_infer_attention_score(
+            query[0], latents, latents, query_rope=query[1], key_rope=ropes, atten_mask=self.mask,
+            actual_seq_lengths=ends.long(), actual_seq_lengths_kv=lengths.long(), block_table=table,
+            num_heads=s.heads, num_key_value_heads=1, scale=(s.nope + s.rope) ** -0.5, input_layout="TND",
+            block_size=s.block, sparse_mode=3,
+        )[0]  # fmt: skip
+
+
 class Serving(nn.Module):
     """``(tokens, positions, slots, table, query_lengths, key_lengths, *caches) -> logits [B, V]``; writes the caches.
 
@@ -187,7 +221,7 @@ class Serving(nn.Module):
     ) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.sizes, self.dtype = sizes, dtype
+        self.sizes, self.dtype, self.layer = sizes, dtype, layer
         self.embed = nn.Parameter(torch.randn(sizes.vocab, sizes.hidden, dtype=dtype), requires_grad=False)
         self.norm = nn.Parameter(torch.ones(sizes.hidden, dtype=dtype), requires_grad=False)
         self.head = nn.Parameter(torch.randn(sizes.vocab, sizes.hidden, dtype=dtype), requires_grad=False)
@@ -199,7 +233,7 @@ class Serving(nn.Module):
     def caches(self, blocks: int) -> list[Tensor]:
         """Per layer latents, rotated keys and the indexer's keys; garbage, which no row may read."""
         s = self.sizes
-        widths = [s.latent, s.rope, s.index_width] * s.layers
+        widths = [getattr(s, name) for name in self.layer.caches] * s.layers
         return [torch.full((blocks, s.block, 1, width), 1e3, dtype=self.dtype) for width in widths]
 
     def forward(
@@ -211,7 +245,8 @@ class Serving(nn.Module):
         x = nn.functional.embedding(tokens, self.embed)
         residual = torch.zeros_like(x)
         for number, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, rope, given, caches[3 * number :][:3])
+            each = len(self.layer.caches)
+            x, residual = layer(x, residual, rope, given, caches[each * number :][:each])
         h = npu.npu_add_rms_norm(x, residual, self.norm)[0]
         return h.index_select(0, query_lengths - 1) @ self.head.T
 

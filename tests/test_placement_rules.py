@@ -277,6 +277,11 @@ CASES: dict[str, list[Op]] = {
         op("01", A.embedding.default, f(10, 8), i(6, 4, high=10), of=1),
         op("", A.embedding.default, f(10, 8), i(6, 4, high=10)),
     ],
+    "aten.index_select": [
+        op("0", A.index_select.default, f(10, 8), 0, i(6, high=10), of=1),
+        op("0", A.index_select.default, f(8, 10), 1, i(6, high=10), of=1),
+        op("1", A.index_select.default, f(10, 8), 0, i(5, high=10)),
+    ],
     "aten.constant_pad_nd": [
         op("01", A.constant_pad_nd.default, f(*SHAPE), [1, 2]),
         op("02", A.constant_pad_nd.default, f(*SHAPE), [0, 0, 1, 0], 2.5),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.fx as fx
-from serving_models import REAL, Batch, Layer, PutLayer, Ranks, Serving, Sizes, batch, compile_ranks
+from serving_models import REAL, Batch, DenseLayer, Layer, PutLayer, Ranks, Serving, Sizes, batch, compile_ranks
 from torch import Tensor
 
 from cpcompile.capture import Trace, capture
@@ -33,12 +33,12 @@ def model(layer: type[Layer] = Layer) -> Serving:
 def traced(requests: int = 3, layer: type[Layer] = Layer) -> Trace:
     """One request has no symbol for their number, and so a trace of its own."""
     example = batch([5, 1, 4][:requests], [0, 3, 2][:requests], BLOCKS, SMALL)
-    return capture(model(layer), *example, *model().caches(BLOCKS))
+    return capture(model(layer), *example, *model(layer).caches(BLOCKS))
 
 
 @functools.cache
-def ranks(size: int, requests: int = 3, layer: type[Layer] = Layer, verify: str = "static") -> Ranks:
-    return compile_ranks(size, traced(requests, layer), verify=verify)
+def ranks(size: int, requests: int = 3, layer: type[Layer] = Layer) -> Ranks:
+    return compile_ranks(size, traced(requests, layer))
 
 
 Step = tuple[tuple[int, ...], tuple[int, ...]]  # new tokens of each request, and how many it has cached
@@ -49,22 +49,22 @@ def given(step: Step) -> Batch:
 
 
 @functools.cache
-def prefilled(prefixes: tuple[int, ...]) -> list[Tensor]:
+def prefilled(layer: type[Layer], prefixes: tuple[int, ...]) -> list[Tensor]:
     """Caches that hold what the unsharded model writes for the prefixes, and garbage elsewhere."""
-    caches = model().caches(BLOCKS)
+    caches = model(layer).caches(BLOCKS)
     with torch.no_grad():
-        model()(*batch([max(1, p) for p in prefixes], [0] * len(prefixes), BLOCKS, SMALL), *caches)
+        model(layer)(*batch([max(1, p) for p in prefixes], [0] * len(prefixes), BLOCKS, SMALL), *caches)
     return caches
 
 
 @functools.cache
-def unsharded(steps: tuple[Step, ...]) -> list[tuple[Tensor, list[Tensor]]]:
+def unsharded(layer: type[Layer], steps: tuple[Step, ...]) -> list[tuple[Tensor, list[Tensor]]]:
     """Logits of every step, and the caches after it."""
-    caches = [c.clone() for c in prefilled(steps[0][1])]
+    caches = [c.clone() for c in prefilled(layer, steps[0][1])]
     found = []
     for step in steps:
         with torch.no_grad():
-            logits = model()(*given(step), *caches)
+            logits = model(layer)(*given(step), *caches)
         found.append((logits, [c.clone() for c in caches]))
     return found
 
@@ -75,12 +75,13 @@ def close(found: Tensor, expected: Tensor, what: object) -> None:
     assert error <= TOLERANCE, f"{what}: {error:.1e}"
 
 
-def check(made: Ranks, *steps: Step) -> None:
+def check(size: int, *steps: Step, layer: type[Layer] = Layer) -> None:
     """Steps of every rank from the caches that it wrote itself."""
+    made = ranks(size, 3 if len(steps[0][0]) > 1 else 1, layer)
     assert not made.compiled[0].refused and all(p["holds"] for p in made.compiled[0].proofs) and made.rewritten
     for number in made.rewritten:
-        every = [[c.clone() for c in prefilled(steps[0][1])] for _ in made.axes]
-        for step, (expected, caches) in zip(steps, unsharded(steps), strict=True):
+        every = [[c.clone() for c in prefilled(layer, steps[0][1])] for _ in made.axes]
+        for step, (expected, caches) in zip(steps, unsharded(layer, steps), strict=True):
             results = made.step(number, given(step), every)
             for rank, (logits, written) in enumerate(results):
                 close(logits, expected, (step, rank))
@@ -104,12 +105,18 @@ REQUESTS: list[Step] = [
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_every_rank_equals_the_unsharded_model(size: int) -> None:
     for step in REQUESTS:
-        check(ranks(size, 3 if len(step[0]) > 1 else 1), step)
+        check(size, step)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_dense_attention(size: int) -> None:
+    for step in REQUESTS[1::2]:
+        check(size, step, layer=DenseLayer)
 
 
 def test_a_long_request() -> None:
     """1023 tokens on 8 ranks: 128 rows each, one of them padding."""
-    check(ranks(8, 1), ((1023,), (0,)))
+    check(8, ((1023,), (0,)))
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -119,11 +126,11 @@ def test_chunked_prefill_and_decode_from_the_caches(size: int) -> None:
     for chunk in [(17, 5), (2, 9), (24, 1), *[(1, 1)] * 4]:
         steps.append((chunk, at))
         at = (at[0] + chunk[0], at[1] + chunk[1])
-    check(ranks(size), *steps)
+    check(size, *steps)
 
 
 def test_caches_that_are_written_by_index() -> None:
-    check(ranks(3, layer=PutLayer), ((4, 7), (40, 0)))
+    check(3, ((4, 7), (40, 0)), layer=PutLayer)
 
 
 # ---- structure at real sizes ---------------------------------------------------------------------------------------
@@ -132,17 +139,18 @@ TOKENS = 16384
 
 
 @functools.cache
-def real_sizes() -> Ranks:
+def real_sizes(layer: type[Layer]) -> Ranks:
     with torch.device("meta"):
-        whole = Serving(REAL, torch.bfloat16)
+        whole = Serving(REAL, torch.bfloat16, layer)
     caches = [c.to("meta") for c in Serving.caches(whole, 7)]
     example = [t.to("meta") for t in batch([5, 1, 4], [0, 3, 2], 9, REAL)]
     return compile_ranks(8, capture(whole, *example, *caches), replicated=["*"])
 
 
-def test_one_gather_in_each_layer() -> None:
+@pytest.mark.parametrize(("layer", "latent"), [(Layer, 512 + 64 + 128), (DenseLayer, 512 + 64)])
+def test_one_gather_in_each_layer(layer: type[Layer], latent: int) -> None:
     """Per layer and token one all-gather: latents, rotated keys and the indexer's keys; then the hidden rows."""
-    compiled = real_sizes().compiled[0]
+    compiled = real_sizes(layer).compiled[0]
     assert not compiled.refused and all(p["holds"] for p in compiled.proofs)
     gathered = []
     for node in compiled.at(TOKENS).gm.graph.nodes:
@@ -151,11 +159,11 @@ def test_one_gather_in_each_layer() -> None:
             sizes = [e.subs(dict.fromkeys(e.free_symbols, TOKENS)) for e in map(size_expr, node.meta["val"].shape)]
             assert sizes[0] == TOKENS
             gathered.append(int(sizes[1]))
-    assert gathered == [512 + 64 + 128] * REAL.layers + [7168]
+    assert gathered == [latent] * REAL.layers + [7168]
 
 
 def test_queries_are_a_ranks_own_and_caches_whole() -> None:
-    gm = real_sizes().compiled[0].at(TOKENS).gm
+    gm = real_sizes(Layer).compiled[0].at(TOKENS).gm
     for op, keys in ((own.paged_lightning_indexer.default, {1}), (own.paged_sparse_attention.default, {1, 4})):
         calls = gm.graph.find_nodes(op="call_function", target=op)
         assert len(calls) == REAL.layers
