@@ -231,6 +231,11 @@ def _interleave_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return halves * cos + torch.cat([-second, first], -1) * sin
 
 
+def _rotary_mul(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", rotate: None = None) -> Tensor:
+    first, second = input.chunk(2, -1)
+    return input * r1 + torch.cat([-second, first], -1) * r2
+
+
 define("npu_rms_norm(Tensor input, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor)", _rms_norm_fake, _rms_norm)
 define(
     "npu_add_rms_norm(Tensor x1, Tensor x2, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor, Tensor)",
@@ -241,4 +246,9 @@ define(
     "npu_interleave_rope(Tensor x, Tensor cos, Tensor sin) -> Tensor",
     lambda x, *_: torch.empty_like(x),
     _interleave_rope,
+)
+define(
+    "npu_rotary_mul(Tensor input, Tensor r1, Tensor r2, str rotary_mode='half', Tensor? rotate=None) -> Tensor",
+    lambda input, *_, **__: torch.empty_like(input),
+    _rotary_mul,
 )

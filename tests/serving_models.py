@@ -90,6 +90,7 @@ class Layer(nn.Module):
     """MLA with absorbed up-projections under an indexer, and a dense MLP."""
 
     caches = ("latent", "rope", "index_width")  # widths of what a token has in each cache
+    sparse_mode = 3
 
     def __init__(self, sizes: Sizes, dtype: torch.dtype) -> None:
         super().__init__()
@@ -135,7 +136,8 @@ class Layer(nn.Module):
         """``[T, H, L]``."""
         s, (slots, table, ends, lengths) = self.sizes, given
         latent_cache, rope_cache, index_cache = caches
-        metadata = {"block_table": table, "actual_seq_lengths_query": ends, "sparse_mode": 3, "layout_query": "TND"}
+        metadata = {"block_table": table, "actual_seq_lengths_query": ends, "layout_query": "TND"}
+        metadata["sparse_mode"] = self.sparse_mode
         chosen = self.choose(h, q_lora, rope, slots, index_cache, lengths, metadata)
         return npu.npu_sparse_flash_attention(
             query[0], latent_cache, latent_cache, chosen, (s.nope + s.rope) ** -0.5, query_rope=query[1],
@@ -185,6 +187,12 @@ class PutLayer(Layer):
 
     def write(self, cache: Tensor, slots: Tensor, values: Tensor) -> None:
         cache.view(-1, cache.shape[-1])[slots.long()] = values
+
+
+class BothWaysLayer(Layer):
+    """Without a causal mask, which no pass of this project takes."""
+
+    sparse_mode = 0
 
 
 class DenseLayer(Layer):

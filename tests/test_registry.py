@@ -62,7 +62,11 @@ def test_nothing_is_imported_before_it_is_named(monkeypatch):
     ("text", "message"),
     [
         ("shard-token", r"unknown pass 'shard-token' \(did you mean 'shard-tokens'\?\)"),
-        ("qqq", r"unknown pass 'qqq' \(known: canonicalise, npu-attention, per-token\)"),
+        (
+            "qqq",
+            r"unknown pass 'qqq' \(known: canonicalise, npu-attention, per-token-attention, "
+            r"recognise-sparse-attention, shard-tokens, verify-static\)",
+        ),
         ("shard-tokens{token=3}", r"no field 'token' \(did you mean 'tokens'\?\)"),
         ("canonicalise{x=1}", r"no field 'x' \(it has none\)"),
         ("shard-tokens{tokens=many}", "tokens='many' is not of type int"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +10,24 @@ from typing import Any
 import pytest
 import torch
 import torch.fx as fx
-from serving_models import REAL, Batch, DenseLayer, Layer, PutLayer, Ranks, Serving, Sizes, batch, compile_ranks
+from serving_models import (
+    REAL,
+    Batch,
+    BothWaysLayer,
+    DenseLayer,
+    Layer,
+    PutLayer,
+    Ranks,
+    Serving,
+    Sizes,
+    batch,
+    compile_ranks,
+)
 from torch import Tensor
 
 from cpcompile.capture import Trace, capture
 from cpcompile.passes.collectives import is_collective, op_name
+from cpcompile.passes.npu_attention import NpuAttention
 from cpcompile.passes.token_layout import size_expr
 from cpcompile.passes.verify_static import prove
 from cpcompile.pipeline import copy_graph
@@ -131,6 +145,32 @@ def test_chunked_prefill_and_decode_from_the_caches(size: int) -> None:
 
 def test_caches_that_are_written_by_index() -> None:
     check(3, ((4, 7), (40, 0)), layer=PutLayer)
+
+
+def test_attention_that_is_not_understood_runs_on_every_row() -> None:
+    """What is around it is split, it is told why it is not, and the answer is kept."""
+    check(3, ((4, 7), (40, 0)), layer=BothWaysLayer)
+    made = ranks(3, layer=BothWaysLayer)
+    (refusals,) = [run.refusals for run in made.compiled[0].passes if run.name == "per-token-attention"]
+    assert len(refusals) == 2 * SMALL.layers
+    assert all("expected sparse_mode=3, found 0; it keeps its form and needs every row" in why for _, why in refusals)
+
+
+@pytest.mark.parametrize(("layer", "calls"), [(Layer, 4), (DenseLayer, 2)])
+def test_every_rank_runs_npu_calls_on_its_rows(layer: type[Layer], calls: int) -> None:
+    """What each rank's graph comes to on Ascend: torch_npu's own calls again, with one row for each of its tokens."""
+    made = copy.deepcopy(ranks(3, layer=layer))
+    (number,) = made.rewritten
+    for compiled in made.compiled:
+        gm = compiled.variants[number].gm
+        result = NpuAttention()(gm)
+        assert result.rewrites == calls and not result.refusals
+        assert not any("paged" in str(n.target) for n in gm.graph.nodes)
+    step = ((1, 5, 8), (0, 0, 0))
+    every = [[c.clone() for c in prefilled(layer, step[1])] for _ in made.axes]
+    ((expected, _),) = unsharded(layer, (step,))
+    for rank, (logits, _) in enumerate(made.step(number, given(step), every)):
+        close(logits, expected, rank)
 
 
 # ---- structure at real sizes ---------------------------------------------------------------------------------------
