@@ -11,6 +11,7 @@ from typing import Any
 
 import npu_ops  # noqa: F401  defines the ops
 import torch
+import torch.fx as fx
 from conftest import SharedRanks
 from torch import Tensor, nn
 
@@ -293,15 +294,18 @@ class Ranks:
     compiled: list[Compiled]
 
     @property
-    def rewritten(self) -> list[int]:
-        """Numbers of the variants that were rewritten."""
-        return [number for number, variant in enumerate(self.compiled[0].variants) if variant.steps]
+    def rewritten(self) -> list[list[fx.GraphModule]]:
+        """Every rewritten variant, as one graph per rank."""
+        numbers = [number for number, variant in enumerate(self.compiled[0].variants) if variant.steps]
+        return [[c.variants[number].gm for c in self.compiled] for number in numbers]
 
-    def step(self, number: int, given: Batch, caches: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, list[Tensor]]]:
+    def step(
+        self, graphs: Sequence[fx.GraphModule], given: Batch, caches: Sequence[Sequence[Tensor]]
+    ) -> list[tuple[Tensor, list[Tensor]]]:
         """Each rank's logits and caches after one step from each rank's caches."""
         programs = [
-            RankProgram(c.variants[number].gm, feed(self.trace, given, own), {axis.group_name: axis.ranks})
-            for c, axis, own in zip(self.compiled, self.axes, caches, strict=True)
+            RankProgram(gm, feed(self.trace, given, own), {axis.group_name: axis.ranks})
+            for gm, axis, own in zip(graphs, self.axes, caches, strict=True)
         ]
         results = []
         order = mutated(self.trace)
