@@ -110,6 +110,18 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("op", [INDEXER, SPARSE, DENSE])
+def test_the_table_of_a_row_without_keys_is_not_read(op: Any) -> None:
+    inputs = indexer(5, 6) if op is INDEXER else attention(5, 6 if op is SPARSE else None)
+    names = [argument.name for argument in op._schema.arguments]
+    inputs[names.index("key_lengths")] = torch.tensor([3, 0, 0, -1, 9], dtype=torch.int32)
+    inputs[names.index("block_table")] = torch.tensor(
+        [[1, 2, 3]] + [[1 << 30] * 3] * 3 + [[1, 2, 3]], dtype=torch.int32
+    )
+    found = op(*inputs)
+    assert (found[1:4] == (-1 if op is INDEXER else 0)).all() and (found[[0, 4]] != 0).any()
+
+
 CALLS = [(INDEXER, indexer(17, 6)), (SPARSE, attention(17, 6)), (DENSE, attention(17, None))]
 ROWS = {INDEXER: (0, 2, 3, 4), SPARSE: (0, 2, 3, 5, 6), DENSE: (0, 2, 4, 5)}
 
