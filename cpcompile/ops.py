@@ -48,7 +48,7 @@ def lightning_indexer(query: Tensor, key: Tensor, weights: Tensor, key_lengths: 
     chosen = min(sparse_count, keys)
     columns = key[:, :, 0].float().transpose(1, 2)  # [B, D, K]
     places = torch.arange(keys, device=key.device)
-    for part in _chunks(rows, 4 * batch * heads * keys):
+    for part in row_chunks(slice(0, rows), 4 * batch * heads * keys):
         q = query[:, part].float()  # [B, R, H, D]
         scores = torch.bmm(q.flatten(1, 2), columns).view(*q.shape[:3], keys).relu_()
         # A batched vector by matrix product, as a sum over heads of one row: [B, R, 1, H] x [B, R, H, K].
@@ -106,7 +106,7 @@ def sparse_attention(
     requests = torch.arange(batch, device=key.device)[:, None, None]
     chosen = sparse_indices.shape[-1]
     row_bytes = 4 * batch * chosen * (2 * (width + query_rope.shape[-1]) + 3 * heads)
-    for part in _chunks(rows if key.shape[1] else 0, row_bytes):
+    for part in row_chunks(slice(0, rows if key.shape[1] else 0), row_bytes):
         index = sparse_indices[:, part, 0].long()  # [B, R, C]
         hidden = ((index < 0) | (index >= key_lengths[:, part, None])).unsqueeze(2)
         index = index.clamp(0, key.shape[1] - 1)
@@ -132,11 +132,11 @@ def _(
     return query.new_empty(query.shape)
 
 
-def _chunks(rows: int, row_bytes: int) -> Iterator[slice]:
+def row_chunks(rows: slice, row_bytes: int) -> Iterator[slice]:
     """Parts of ``rows`` whose intermediate values fit the scratch memory."""
     step = max(1, SCRATCH_BYTES // max(1, row_bytes))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))
 
 
 def _check_queries(query: Tensor, key: Tensor, key_lengths: Tensor) -> None:

@@ -26,6 +26,7 @@ from cpcompile.options import Options
 from cpcompile.passes.canonicalise import Canonicalise
 from cpcompile.passes.collectives import find_all_reduces, group_name_of, is_collective
 from cpcompile.passes.materialise import materialise
+from cpcompile.passes.per_token_attention import PerTokenAttention
 from cpcompile.passes.place import place
 from cpcompile.passes.placement_problem import PlacementGraph, build
 from cpcompile.passes.recognise_routed_experts import RecogniseRoutedExperts
@@ -79,6 +80,7 @@ def compile_graph(
     runner = Runner()
     original = fx.GraphModule(gm, copy_graph(gm.graph))
     runner.run("canonicalise", Canonicalise(), gm)
+    runner.run("per-token-attention", PerTokenAttention(), gm)
     if options.sparse_attention:
         runner.run("recognise-sparse-attention", RecogniseSparseAttention(), gm)
     if options.routed_experts:

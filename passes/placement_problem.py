@@ -40,6 +40,14 @@ _FLOPS: Mapping[str, Callable[[Sequence[Shape], Shape], Expr]] = {
     "cpcompile.sparse_attention": lambda shapes, out: (
         2 * product(shapes[0][:3]) * shapes[2][-1] * (2 * shapes[0][-1] + shapes[3][-1])
     ),
+    # Of the keys, all that a row's blocks can hold.
+    "cpcompile.paged_lightning_indexer": lambda shapes, out: 2 * product(shapes[0]) * _held(shapes[1], shapes[4]),
+    "cpcompile.paged_sparse_attention": lambda shapes, out: (
+        2 * product(shapes[0][:2]) * shapes[2][-1] * (2 * shapes[0][-1] + shapes[3][-1])
+    ),
+    "cpcompile.paged_attention": lambda shapes, out: (
+        2 * product(shapes[0][:2]) * _held(shapes[1], shapes[5]) * (2 * shapes[0][-1] + shapes[2][-1])
+    ),
 }
 # Divided by itself or taken from a scalar, a sum of partial values is no partial value of the result.
 _NUMERATOR_ONLY = frozenset({"aten.div"})
@@ -120,6 +128,11 @@ class PlacementGraph:
             can_reduce = self.choices[number].reduced or self.choices[number].partial
             values.append(ValueChoice(number, half if can_reduce else None, half, reduce if can_reduce else None))
         return Problem(ops, values, [Use(index[v], c, d) for v, c, d in self.uses])
+
+
+def _held(cache: Shape, table: Shape) -> Expr:
+    """Keys that the blocks of one row of a block table hold."""
+    return table[1] * cache[1]
 
 
 def _picoseconds(seconds: float) -> int:

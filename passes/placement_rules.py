@@ -167,6 +167,8 @@ def _aligned(call: Call, out: Shape, operands: list[fx.Node]) -> tuple[TokenDim,
         broadcast = dim < 0 or (shape[dim] == ONE and places.get(node) != found)
         if not broadcast and places.get(node, found) != found:
             return Mixing("operands carry their tokens on different dims")
+        if not broadcast and shape[dim] != out[found.dim]:
+            return Mixing("nothing says that its operands have as many tokens")
         demands[node] = None if broadcast else TokenDim(dim, found.outer, found.inner)
     return found, demands
 
@@ -364,20 +366,55 @@ def routed(call: Call) -> RowWise | Mixing:
     return RowWise({**dict.fromkeys(tokens, rows), **dict.fromkeys(tables)}, (rows,))
 
 
-def queries(keys: frozenset[int]) -> Rule:
-    """Row-wise in the queries, ``[B, T, ...]``, and in all but the operands numbered ``keys``, which stay whole."""
+def index_select(call: Call) -> RowWise | Mixing:
+    """Rows of the indices, or of a table whose rows are not looked up."""
+    source, index = call.tensors[0], call.tensors[-1]
+    dim = _dim(call.arg(1, "dim"), len(call.shape(source)))
+    layout, places = call.layout(index), call.layout(source)
+    if layout is not None and index is not source:
+        return RowWise({source: None, index: layout}, (layout.shifted(dim),))
+    if places is None or places.dim == dim:
+        return Mixing("looks up rows of a token table")
+    return RowWise({source: places, index: None}, (places,))
+
+
+def queries(keys: frozenset[int], dim: int = 1) -> Rule:
+    """Row-wise in the queries, rows in ``dim``, and in all but the operands numbered ``keys``, which stay whole."""
 
     def rule(call: Call) -> RowWise | Mixing:
+        rows_at = TokenDim(dim)
         operands = [n for n in call.node.args if isinstance(n, fx.Node) and call.shapes.get(n)]
         whole = {operands[i] for i in keys}
         rows = [n for i, n in enumerate(operands) if i not in keys]
         if whole & set(rows):
             return Mixing("one value is queries and keys")
-        if call.layout(operands[0]) != TokenDim(1) or any(call.layout(n) not in (None, TokenDim(1)) for n in rows):
+        if call.layout(operands[0]) != rows_at or any(call.layout(n) not in (None, rows_at) for n in rows):
             return Mixing("the tokens are not the rows of the queries")
-        return RowWise({**dict.fromkeys(whole, None), **dict.fromkeys(rows, TokenDim(1))}, (TokenDim(1),))
+        if any(call.shape(n)[dim] != call.out[dim] for n in rows):
+            return Mixing("nothing says that its operands have as many tokens")
+        return RowWise({**dict.fromkeys(whole, None), **dict.fromkeys(rows, rows_at)}, (rows_at,))
 
     return rule
+
+
+def npu_norm(call: Call) -> RowWise | Mixing:
+    """Normalisation over the trailing dims that the weight, the last operand, has; one or two operands of rows."""
+    *rows, gamma = call.tensors
+    aligned = _aligned(call, call.out, rows)
+    if isinstance(aligned, Mixing):
+        return aligned
+    found, demands = aligned
+    if found.dim >= len(call.out) - len(call.shape(gamma)):
+        return Mixing("normalises over the tokens")
+    return RowWise({**demands, gamma: None}, (found,) * len(call.shapes[call.node]))
+
+
+def npu_rope(call: Call) -> RowWise | Mixing:
+    """Rotation of the last dim, with broadcasting."""
+    found = pointwise(call)
+    if isinstance(found, RowWise) and found.outputs[0] is not None and found.outputs[0].dim == len(call.out) - 1:
+        return Mixing("rotates the tokens")
+    return found
 
 
 def data_free(call: Call) -> RowWise | Mixing:
@@ -411,6 +448,8 @@ _MATH = "DTensor math ops"
 _TENSOR = "DTensor tensor ops"
 _POINTWISE = "torch.Tag.pointwise"
 _OWN = "own: reads no data"
+_ROWS = "own: row-wise in the queries, given whole keys"
+_NPU = "torch_npu 2.13 operator reference"
 CONSTANTS = frozenset(f"aten.new_{n}" for n in ("ones", "zeros", "empty", "full"))
 
 RULES: Mapping[str, OpRule] = {
@@ -450,6 +489,7 @@ RULES: Mapping[str, OpRule] = {
     "aten.embedding": OpRule(embedding, "DTensor embedding ops"),
     "aten.index": OpRule(lookup, "DTensor index ops"),
     "aten.index_put": OpRule(masked_write, "DTensor index ops"),
+    "aten.index_select": OpRule(index_select, _TENSOR),
     "aten.constant_pad_nd": OpRule(_first(pad), "DTensor tensor ops"),
     **{f"aten.{n}": OpRule(pointwise, _TENSOR, "homogeneous") for n in ("clone", "alias", "detach", "contiguous")},
     **{f"aten.{n}": OpRule(pointwise, _TENSOR) for n in ("zeros_like", "ones_like", "full_like", "empty_like")},
@@ -460,9 +500,14 @@ RULES: Mapping[str, OpRule] = {
         f"aten.{n}": OpRule(data_free, _OWN)
         for n in ("new_ones", "new_zeros", "new_empty", "new_full", "new_empty_strided", "sym_size", "sym_numel")
     },
-    "cpcompile.lightning_indexer": OpRule(queries(frozenset({1})), "own: row-wise in the queries, given whole keys"),
-    "cpcompile.sparse_attention": OpRule(queries(frozenset({1, 4})), "own: row-wise in the queries, given whole keys"),
     "cpcompile.routed_experts": OpRule(routed, "own: row-wise in the tokens, given all experts"),
+    "cpcompile.lightning_indexer": OpRule(queries(frozenset({1})), _ROWS),
+    "cpcompile.sparse_attention": OpRule(queries(frozenset({1, 4})), _ROWS),
+    "cpcompile.paged_lightning_indexer": OpRule(queries(frozenset({1}), 0), _ROWS),
+    "cpcompile.paged_sparse_attention": OpRule(queries(frozenset({1, 4}), 0), _ROWS),
+    "cpcompile.paged_attention": OpRule(queries(frozenset({1, 3}), 0), _ROWS),
+    **{f"npu.{n}": OpRule(npu_norm, _NPU) for n in ("npu_rms_norm", "npu_add_rms_norm")},
+    **{f"npu.{n}": OpRule(npu_rope, _NPU) for n in ("npu_interleave_rope", "npu_rotary_mul")},
     "getitem": OpRule(getitem, "own: picks one output", "homogeneous"),
     "_c10d_functional.all_reduce": OpRule(pointwise, "own: elementwise over the ranks of another axis", "homogeneous"),
     "_c10d_functional.wait_tensor": OpRule(pointwise, "own: identity", "homogeneous"),

@@ -12,13 +12,15 @@ from typing import Any
 from cpcompile.errors import OptionError, nearest
 from cpcompile.passes.base import GraphPass
 
-# In the order in which the pipeline runs them.
+# In the order in which the pipeline runs them, and then what a target may run on its outcome.
 PASSES: Mapping[str, str] = {
     "canonicalise": "cpcompile.passes.canonicalise:Canonicalise",
+    "per-token-attention": "cpcompile.passes.per_token_attention:PerTokenAttention",
     "recognise-sparse-attention": "cpcompile.passes.recognise_sparse_attention:RecogniseSparseAttention",
     "recognise-routed-experts": "cpcompile.passes.recognise_routed_experts:RecogniseRoutedExperts",
     "shard-tokens": "cpcompile.passes.shard_tokens:ShardTokens",
     "verify-static": "cpcompile.passes.verify_rewrite:VerifyRewrite",
+    "npu-attention": "cpcompile.passes.npu_attention:NpuAttention",  # for targets that have the ops
 }
 
 _ITEM = re.compile(r"\s*([^\s{},]+)\s*(?:\{([^{}]*)\}\s*)?(,|$)")

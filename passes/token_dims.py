@@ -14,6 +14,7 @@ import torch
 import torch.fx as fx
 
 from cpcompile.axes import Axis
+from cpcompile.passes import npu_ops
 from cpcompile.passes.collectives import AllReduce, find_all_reduces
 from cpcompile.passes.existing_moves import find_gathers, gathers_rows, own_rows, taken_from
 from cpcompile.passes.placement_rules import UNUSED, Mixing, RowWise, classify, op_name
@@ -147,7 +148,8 @@ def repeats_attention(known: Annotation) -> bool | None:
         outcome = known.classes.get(node)
         demands = outcome.operands if isinstance(outcome, RowWise) else {}
         in_step = all(isinstance(demands.get(n), TokenDim) for n in operands)
-        if len(operands) > 1 and op_name(node.target) in PRODUCTS_OF_TOKENS and not in_step:
+        product = op_name(node.target) in PRODUCTS_OF_TOKENS or npu_ops.base_name(node.target) in npu_ops.ATTENTION
+        if len(operands) > 1 and product and not in_step:
             found.append(node)
     return all(node in known.replicated for node in found) if found else None
 
@@ -160,7 +162,9 @@ def _takes_own_rows(node: fx.Node, known: Annotation) -> bool:
     return own_rows(node, known.axis, known.tokens, known.shapes[source][0], layout)
 
 
-PRODUCTS_OF_TOKENS = frozenset({"aten.mm", "aten.bmm", "cpcompile.sparse_attention"})
+PRODUCTS_OF_TOKENS = frozenset(
+    {"aten.mm", "aten.bmm"} | {f"cpcompile.{n}attention" for n in ("sparse_", "paged_sparse_", "paged_")}
+)
 
 
 def _seed_all_reduce(known: Annotation, ar: AllReduce) -> None:
@@ -195,7 +199,8 @@ def _is_replicated(
         namespace = node.target.namespace
         if namespace == "_c10d_functional":
             return _collective_is_replicated(node, known)
-        if namespace not in PURE_NAMESPACES or torch.Tag.nondeterministic_seeded in node.target.tags:
+        pure = namespace in PURE_NAMESPACES or npu_ops.base_name(node.target) in npu_ops.PURE
+        if not pure or torch.Tag.nondeterministic_seeded in node.target.tags:
             return False
     outcome = known.classes.get(node)
     unused = {n for n, d in outcome.operands.items() if d is UNUSED} if isinstance(outcome, RowWise) else set()

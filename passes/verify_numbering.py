@@ -33,6 +33,12 @@ from cpcompile.passes.verify_arguments import (
 from cpcompile.passes.verify_index import Dims, Shape, Size, row_major, shape, tensor_shape, times
 
 PURE_NAMESPACES = frozenset({"aten", "prims", "transformers", "cpcompile"})
+# Of torch_npu's ops, of which some communicate or draw random numbers, these do neither.
+PURE_NPU = frozenset({"rms_norm", "add_rms_norm", "interleave_rope", "rotary_mul", "scatter_nd_update"})
+PURE_NPU |= {"lightning_indexer", "sparse_flash_attention", "kv_rmsnorm_rope_cache", "mla_prolog", "mla_prolog_v2"}
+PURE_NPU |= {"fused_infer_attention_score", "fused_infer_attention_score_v2", "scatter_pa_kv_cache_functional"}
+PURE_NPU |= {"kv_rmsnorm_rope_cache_v2_functional", "mla_prolog_v3_functional"}
+PURE_NPU = frozenset(f"npu_{name}" for name in PURE_NPU)
 
 
 class Numbering(Arguments):
@@ -203,7 +209,7 @@ class Numbering(Arguments):
             return (over_axis and name in ("all_gather_into_tensor", "broadcast", "all_reduce")) or (
                 shared and name == "all_reduce"
             )
-        return namespace in PURE_NAMESPACES and shared
+        return (namespace in PURE_NAMESPACES or name in PURE_NPU) and shared
 
 
 def _same_constant(mine: fx.GraphModule, theirs: fx.GraphModule, target: str) -> bool:

@@ -6,6 +6,7 @@ proves nothing.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -207,16 +208,47 @@ def experts(call: Call) -> Rows | str:
     return rows[0]
 
 
-def attends(*whole: str) -> Rule:
-    """Rows of queries, ``[B, rows, ...]``, and of what goes with each, over keys of which every row is there."""
+def looks_up(call: Call) -> Rows | str:
+    """``index_select``: rows of the indices from a whole table, or of a table along another dim."""
+    table, index = call.arg("self"), call.arg("index")
+    (dim,) = call.dims("dim", len(call.shapes[table]))  # type: ignore[index]
+    if set(call.rows) == {index} and table is not index:
+        return call.rows[index].shifted(dim)  # type: ignore[index]
+    if set(call.rows) == {table} and table is not index:
+        return ALONG if call.rows[table].dim == dim else call.rows[table]  # type: ignore[index]
+    return "its table and its indices are both split"
+
+
+def trailing(weight: str) -> Rule:
+    """Pointwise but for the last dims, which the operand ``weight`` has, too, or the last one without a weight."""
+
+    def rule(call: Call) -> Rows | str:
+        gamma = call.arg(weight) if weight else None
+        others = {n: s for n, s in call.shapes.items() if n is not gamma}
+        if gamma in call.rows:
+            return "its weight is split"
+        one = tuple(call.out[:1])  # statistics beside the result differ in the dims worked along
+        rows = pointwise(dataclasses.replace(call, shapes=others, out=one))
+        if isinstance(rows, str):
+            return rows
+        if any(s[rows.dim] != one[0][rows.dim] for s in call.out):
+            return "its results differ in rows"
+        count = len(call.shapes[gamma]) if isinstance(gamma, fx.Node) else 1
+        return rows if rows.dim < len(one[0]) - count else ALONG
+
+    return rule
+
+
+def attends(*whole: str, at: int = 1) -> Rule:
+    """Rows of queries, dim ``at``, and of what goes with each, over keys of which every row is there."""
 
     def rule(call: Call) -> Rows | str:
         keys = {node for name in whole if isinstance(node := call.arg(name), fx.Node)}
         if keys & set(call.rows):
             return "every query reads every key"
-        if set(call.rows) != set(call.shapes) - keys or set(call.rows.values()) != {Rows(1)}:
+        if set(call.rows) != set(call.shapes) - keys or set(call.rows.values()) != {Rows(at)}:
             return "its queries are not split alike, by their rows"
-        return Rows(1)
+        return Rows(at)
 
     return rule
 
@@ -235,7 +267,7 @@ RULES: Mapping[str, Rule] = {
     **{f"aten::{n}": matmul for n in ("mm", "bmm", "addmm", "linear")},
     **{f"aten::{n}": along("dim") for n in ("_softmax", "softmax", "_log_softmax", "_safe_softmax", "log_softmax")},
     **{f"aten::{n}": along("dim") for n in ("cumsum", "cumprod", "sort", "argsort", "topk")},
-    **{f"aten::{n}": along("dim") for n in ("slice", "split", "split_with_sizes", "chunk", "index_select")},
+    **{f"aten::{n}": along("dim") for n in ("slice", "split", "split_with_sizes", "chunk")},
     "aten::flip": along("dims"),
     **{f"aten::{n}": in_step for n in ("cat", "gather", "scatter", "scatter_add", "slice_scatter")},
     **{f"aten::{n}": reduction for n in ("sum", "mean", "amax", "amin", "any", "all", "prod", "argmax", "argmin")},
@@ -250,6 +282,14 @@ RULES: Mapping[str, Rule] = {
     "cpcompile::routed_experts": experts,
     "cpcompile::lightning_indexer": attends("key"),
     "cpcompile::sparse_attention": attends("key", "key_rope"),
+    "cpcompile::paged_lightning_indexer": attends("key_cache", at=0),
+    "cpcompile::paged_sparse_attention": attends("key_cache", "rope_cache", at=0),
+    "cpcompile::paged_attention": attends("key_cache", "rope_cache", at=0),
+    "npu::npu_rms_norm": trailing("gamma"),
+    "npu::npu_add_rms_norm": trailing("gamma"),
+    "npu::npu_interleave_rope": trailing(""),
+    "npu::npu_rotary_mul": trailing(""),
+    "aten::index_select": looks_up,
     **{f"aten::{n}": pointwise for n in ("zeros_like", "ones_like", "full_like", "empty_like", "_to_copy")},
     **{f"aten::{n}": pointwise for n in ("copy", "masked_fill", "where", "lift_fresh_copy")},
     # Over a group other than the axis's, which is taken to be another axis of the same mesh.

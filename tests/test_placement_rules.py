@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import npu_ops  # noqa: F401  defines the ops
 import pytest
 import sympy
 import torch
@@ -42,7 +43,7 @@ class X:
         if self.kind == "float":
             return torch.randn(self.shape, generator=g, dtype=torch.float64)
         integers = torch.randint(0, 2 if self.kind == "bool" else self.high, self.shape, generator=g)
-        return integers.bool() if self.kind == "bool" else integers
+        return integers.bool() if self.kind == "bool" else integers.int() if self.kind == "int32" else integers
 
 
 @dataclass(eq=False)
@@ -102,6 +103,10 @@ def f(*shape: int) -> X:
 
 def i(*shape: int, high: int = 4) -> X:
     return X(shape, "int", high)
+
+
+def i32(*shape: int, high: int = 4) -> X:
+    return X(shape, "int32", high)
 
 
 def b(*shape: int) -> X:
@@ -294,6 +299,11 @@ CASES: dict[str, list[Op]] = {
         op("", A.index_put.default, f(6, 8), [i(4, high=6)], f()),
         op("", A.index_put.default, f(6, 8), [b(6)], f(8)),
     ],
+    "aten.index_select": [
+        op("0", A.index_select.default, f(10, 8), 0, i(6, high=10), of=1),
+        op("0", A.index_select.default, f(8, 10), 1, i(6, high=10), of=1),
+        op("1", A.index_select.default, f(10, 8), 0, i(5, high=10)),
+    ],
     "aten.constant_pad_nd": [
         op("01", A.constant_pad_nd.default, f(*SHAPE), [1, 2]),
         op("02", A.constant_pad_nd.default, f(*SHAPE), [0, 0, 1, 0], 2.5),
@@ -360,7 +370,34 @@ CASES: dict[str, list[Op]] = {
         op("01", A.bitwise_and.Tensor, i(6, 8), i(6, 8)),
     ],
 }
-CALLS = [pytest.param(name, call, id=str(call)) for name, calls in CASES.items() for call in calls]
+NPU, OWN = torch.ops.npu, torch.ops.cpcompile
+TABLE = (i32(6), i32(6, 3))  # key lengths and block table of rows
+# Rows that DTensor knows nothing of.
+OTHERS: dict[str, list[Op]] = {
+    "npu.npu_rms_norm": [
+        op("01", NPU.npu_rms_norm.default, f(6, 4, 8), f(8)),
+        op("0", NPU.npu_rms_norm.default, f(6, 4, 8), f(4, 8)),
+    ],
+    "npu.npu_add_rms_norm": [op("01", NPU.npu_add_rms_norm.default, f(6, 4, 8), f(6, 4, 8), f(8))],
+    "npu.npu_interleave_rope": [
+        op("012", NPU.npu_interleave_rope.default, f(6, 4, 10, 8), f(6, 1, 1, 8), f(6, 1, 1, 8))
+    ],
+    "npu.npu_rotary_mul": [op("012", NPU.npu_rotary_mul.default, f(6, 4, 10, 8), f(6, 1, 1, 8), f(6, 1, 1, 8))],
+    "cpcompile.paged_lightning_indexer": [
+        op("0", OWN.paged_lightning_indexer.default, f(6, 3, 8), f(5, 2, 1, 8), f(6, 3), *TABLE, 4)
+    ],
+    "cpcompile.paged_sparse_attention": [
+        op(
+            "0", OWN.paged_sparse_attention.default,
+            f(6, 3, 8), f(5, 2, 1, 8), i32(6, 1, 7), f(6, 3, 4), f(5, 2, 1, 4), *TABLE, 0.5,
+        )
+    ],
+    "cpcompile.paged_attention": [
+        op("0", OWN.paged_attention.default, f(6, 3, 8), f(5, 2, 1, 8), f(6, 3, 4), f(5, 2, 1, 4), *TABLE, 0.5)
+    ],
+}  # fmt: skip
+EVERY = {**CASES, **OTHERS}
+CALLS = [pytest.param(name, call, id=str(call)) for name, calls in EVERY.items() for call in calls]
 UNDEFINED = {"aten.empty_like", "aten.new_empty", "aten.new_empty_strided"}  # nothing to compare but shapes
 SIZES = {"aten.sym_size", "aten.sym_numel"}  # the rewrite computes the whole value's size; there is no tensor
 
@@ -444,7 +481,8 @@ def row_wise(call: Op) -> Iterator[tuple[Claim, RowWise]]:
 
 def test_every_row_has_cases() -> None:
     assert CASES.keys() - {"pointwise"} == {name for name in RULES if name.startswith("aten.")}
-    for name, calls in CASES.items():
+    assert OTHERS.keys() == {name for name in RULES if name.startswith(("npu.", "cpcompile.paged_"))}
+    for name, calls in EVERY.items():
         if name != "pointwise":
             assert {op_name(call.target) for call in calls} == {name}
             assert any(call.rows for call in calls), f"{name} is never row-wise"

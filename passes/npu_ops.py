@@ -1,0 +1,88 @@
+"""What the passes know of torch_npu's ops: which are pure, which operands have a row for each token, how calls read.
+
+Ops are known by name alone, in whatever namespace a framework registers them (``npu``, ``custom``, ``_C_ascend``), and
+arguments by the names of the schema at hand: releases differ in their order and number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from cpcompile.passes.collectives import getitems, op_name
+from cpcompile.passes.token_layout import size_expr
+
+# Attention: products of tokens with tokens.
+ATTENTION = frozenset({"npu_sparse_flash_attention", "npu_fused_infer_attention_score", "npu_mla_prolog"})
+
+# Functions of their arguments alone: same arguments, same results, on every rank. The ``_functional`` and underscored
+# forms are what functionalisation makes of one another.
+PURE = frozenset(
+    {
+        "npu_lightning_indexer", "npu_sparse_flash_attention",
+        "npu_fused_infer_attention_score", "npu_fused_infer_attention_score_v2",
+        "npu_mla_prolog", "npu_mla_prolog_v2", "npu_mla_prolog_v3_functional",
+        "npu_kv_rmsnorm_rope_cache", "npu_kv_rmsnorm_rope_cache_v2_functional",
+        "npu_scatter_nd_update", "npu_scatter_pa_kv_cache_functional",
+        "npu_rms_norm", "npu_add_rms_norm", "npu_interleave_rope", "npu_rotary_mul",
+    }
+)  # fmt: skip
+
+# Op -> arguments whose dims 0 are alike, or 1. Their meta functions do not compare them, so that in a traced graph the
+# sizes may be different symbols.
+ROWS: Mapping[str, tuple[str, ...]] = {
+    "npu_interleave_rope": ("x", "cos", "sin"),
+    "npu_rotary_mul": ("input", "r1", "r2"),
+    "npu_scatter_nd_update": ("updates", "indices"),
+    "npu_scatter_pa_kv_cache_functional": ("key", "slot_mapping"),
+    "npu_kv_rmsnorm_rope_cache": ("kv", "cos", "sin", "index"),
+    "npu_kv_rmsnorm_rope_cache_v2_functional": ("kv", "cos", "sin", "index"),
+    "npu_lightning_indexer": ("query", "weights"),
+    "npu_sparse_flash_attention": ("query", "sparse_indices", "query_rope"),
+}
+
+
+def base_name(target: object) -> str:
+    """``npu_rms_norm`` for ``npu::npu_rms_norm``; empty for a target that is no op."""
+    return op_name(target).rpartition("::")[2] if isinstance(target, torch._ops.OpOverload) else ""
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """A call's arguments by the names of its schema, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    found = {}
+    for index, argument in enumerate(node.target._schema.arguments):
+        given = node.kwargs.get(argument.name, argument.default_value)
+        found[argument.name] = node.args[index] if index < len(node.args) else given
+    return found
+
+
+def first_result(node: fx.Node) -> fx.Node | str:
+    """What stands for a call's first result, of one or of several, or why the others are needed."""
+    if isinstance(node.meta["val"], torch.Tensor):
+        return node
+    parts = getitems(node)
+    if parts is None or parts.keys() != {0}:
+        return "more than its first result is read"
+    return parts[0]
+
+
+def unify_rows(gm: fx.GraphModule) -> None:
+    """Guard that the sizes which ``ROWS`` says are alike are one size, where the traced example has it so."""
+    for node in gm.graph.nodes:
+        names = ROWS.get(base_name(node.target), ())
+        given = arguments(node) if names else {}
+        values = [given[n].meta.get("val") for n in names if isinstance(given.get(n), fx.Node)]
+        sizes = [v.shape[0] for v in values if isinstance(v, torch.Tensor) and v.ndim]
+        for size in sizes[1:]:
+            if size_expr(size) != 1:
+                same_size(sizes[0], size)
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal: known to be, or in the traced example, and then guarded."""
+    return size_expr(a) == size_expr(b) or bool(guard_or_false(a == b))
