@@ -126,6 +126,8 @@ def _raised(graph: PlacementGraph, node: fx.Node, route: str, tokens: int, fused
     after, expr = _elements(graph, node, _STEPS[route], tokens)
     kind = "all_gather" if route == "gather" else "sum of partial values"
     decision = {"gather": "gather", "reduce": "keep"}.get(route, "scatter")
+    if graph.choices[graph.values[node][0]].picks:
+        kind, decision = "picked rows", "gather"
     becomes = {"gather": "all_gather", "reduce": "all_reduce"}.get(route, _BECOMES.get(route, ("", ""))[1])
     whole = [f"{consumer.name}: {why}" for consumer, why in graph.consumers.get(node, [])]
     reason = (

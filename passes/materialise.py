@@ -16,6 +16,7 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from cpcompile.errors import PlanError
+from cpcompile.passes.picked_rows import Picks, emit_picked
 from cpcompile.passes.placement_problem import PlacementGraph
 from cpcompile.passes.placement_rules import UNUSED, RowWise, op_name
 from cpcompile.passes.shard_ops import ShardEmitter
@@ -40,7 +41,8 @@ def materialise(gm: fx.GraphModule, graph: PlacementGraph, interval: Interval) -
 def _check_fits(graph: PlacementGraph, interval: Interval) -> None:
     choices = {choice.node.name: choice for choice in graph.choices}
     for name, label in interval.labels.items():
-        if name not in choices or label not in ("P", "S") or (label == "P" and not choices[name].partial):
+        choice = choices.get(name)
+        if choice is None or not {"P": choice.partial or choice.picks, "S": not choice.picks}.get(label, False):
             raise PlanError(f"the plan places {name!r} at {label!r}, which this graph does not allow: make a new plan")
     unknown = interval.raises.keys() - {node.name for node in graph.values}
     if unknown:
@@ -90,6 +92,8 @@ class _Builder:
     def demand(self, node: fx.Node, operand: fx.Node, label: str) -> tuple[str, TokenDim | None]:
         """Placement at which ``node``, made at ``label``, reads ``operand``, and where it expects the tokens."""
         outcome = self.known.classes.get(node)
+        if label == "P" and isinstance(outcome, Picks):
+            return ("S", outcome.place) if operand is outcome.source else ("R", None)
         wanted = outcome.operands.get(operand) if isinstance(outcome, RowWise) else None
         if wanted is UNUSED:
             own = self.label(operand)
@@ -190,6 +194,9 @@ class _Builder:
         """Copy ``node``, reading its operands where ``label`` demands them and sizing it for its rows."""
         operands = {n: self.get(n, *self.demand(node, n, label)) for n in node.all_input_nodes}
         outcome = self.known.classes.get(node)
+        if label == "P" and isinstance(outcome, Picks):
+            index = None if outcome.index is None else operands[outcome.index]
+            return emit_picked(self.emitter, node, outcome, operands[outcome.source], index)
         if label != "S":
             copy = self.new.node_copy(node, lambda n: operands[n])
             copy.meta = dict(node.meta)

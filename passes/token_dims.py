@@ -15,7 +15,8 @@ import torch.fx as fx
 
 from cpcompile.axes import Axis
 from cpcompile.passes.collectives import AllReduce, find_all_reduces
-from cpcompile.passes.placement_rules import UNUSED, Mixing, RowWise, classify, op_name
+from cpcompile.passes.picked_rows import picks_of
+from cpcompile.passes.placement_rules import UNUSED, Call, Mixing, RowWise, classify, op_name
 from cpcompile.passes.token_layout import ONE, Expr, Shape, TokenDim, row_dim, value_shapes
 
 # Ops of these namespaces are pure functions of their arguments: same arguments, same result on every rank.
@@ -92,6 +93,8 @@ def annotate(
             layouts[node] = (TokenDim(0),)  # positions: whole on every rank, and each rank can take its own
         elif node.op == "call_function" and known.tokens is not None:
             outcome = classify(node, known.tokens, layouts, shapes)
+            if isinstance(outcome, Mixing):
+                outcome = picks_of(Call(node, known.tokens, layouts, shapes)) or outcome
             known.classes[node] = outcome
             if isinstance(outcome, RowWise) and any(outcome.outputs):
                 layouts[node] = outcome.outputs

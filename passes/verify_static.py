@@ -35,6 +35,7 @@ from cpcompile.passes.verify_index import (
 )
 from cpcompile.passes.verify_moves import Mover, Value, whole
 from cpcompile.passes.verify_numbering import Numbering
+from cpcompile.passes.verify_picks import Picks
 from cpcompile.passes.verify_rules import Call, is_linear, rows_of
 
 MOST_READINGS = 64
@@ -93,6 +94,7 @@ class _Prover:
         self.split = Split.of(tokens, axis.size, axis.rank)
         self.numbering = Arguments(rewritten, axis)
         self.moves = Mover(original, self.numbering, axis, self.split)
+        self.picks = Picks(original, self.numbering, self.split)
         self.env: dict[fx.Node, tuple[Readings, ...]] = {}
         self.waiting: set[fx.Node] = set()
         self.failures: list[Failure] = []
@@ -114,10 +116,18 @@ class _Prover:
             return None
         if node.op in ("placeholder", "get_attr"):
             found: tuple[Readings, ...] = tuple((whole(v),) for v in self.original.source(node, self.gm))
+        elif picked := self.picks.visit(node, self.env):
+            found = (picked,)
         elif any(n not in self.env and n not in self.numbering.sizes for n in node.all_input_nodes):
-            return None  # The failure of an operand has been told.
+            self.picks.check_reader(node, self.env)
+            return None  # Row numbers of a pick; or the failure of an operand has been told.
         else:
-            found = self._call(node)
+            try:
+                found = self._call(node)
+            except Refused:
+                if node in self.picks.facts:
+                    return None
+                raise
         self._check_shapes(node, found)
         self.env[node] = found
         self.facts[node.name] = ", ".join(self.moves.describe(readings[0]) for readings in found)
