@@ -16,6 +16,7 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from cpcompile.errors import PlanError
+from cpcompile.passes.collectives import is_contiguous
 from cpcompile.passes.picked_rows import Picks, emit_picked
 from cpcompile.passes.placement_problem import PlacementGraph
 from cpcompile.passes.placement_rules import UNUSED, RowWise, op_name
@@ -200,6 +201,9 @@ class _Builder:
         if label != "S":
             copy = self.new.node_copy(node, lambda n: operands[n])
             copy.meta = dict(node.meta)
+            if node.target is torch.ops.aten.view.default and not is_contiguous(node.all_input_nodes[0]):
+                # What was gathered is row-major and may not allow a view that its other strides did.
+                copy.target = torch.ops.aten.reshape.default
             return copy
         assert isinstance(outcome, RowWise)
         if outcome.identity:

@@ -16,6 +16,7 @@ import torch
 import torch.fx as fx
 
 from cpcompile.costs import PICOSECONDS, HardwareProfile
+from cpcompile.passes.fused_attention import FUSED
 from cpcompile.passes.mincut import OpChoice, P, Problem, R, S, Use, ValueChoice
 from cpcompile.passes.picked_rows import Picks
 from cpcompile.passes.placement_rules import UNUSED, Mixing, RowWise, find_rule, op_name
@@ -32,6 +33,7 @@ _PRODUCTS = frozenset({"aten.mm", "aten.bmm", "aten.linear", "aten.addmm"})
 _FLOPS: Mapping[str, Callable[[Sequence[Shape], Shape], Expr]] = {
     **dict.fromkeys(_PRODUCTS - {"aten.addmm"}, lambda shapes, out: 2 * product(out) * shapes[0][-1]),
     "aten.addmm": lambda shapes, out: 2 * product(out) * shapes[1][-1],
+    **dict.fromkeys(FUSED, lambda shapes, out: 2 * (product(shapes[0]) + product(out)) * shapes[1][-2]),
     # Every key for every row and head; then, of the chosen keys, twice the latent and once the rotated part.
     "cpcompile.lightning_indexer": lambda shapes, out: 2 * product(shapes[0]) * shapes[1][1],
     "cpcompile.sparse_attention": lambda shapes, out: (

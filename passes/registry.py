@@ -16,6 +16,7 @@ from cpcompile.passes.base import GraphPass
 PASSES: Mapping[str, str] = {
     "canonicalise": "cpcompile.passes.canonicalise:Canonicalise",
     "recognise-sparse-attention": "cpcompile.passes.recognise_sparse_attention:RecogniseSparseAttention",
+    "explicit-causal-masks": "cpcompile.passes.explicit_causal_masks:ExplicitCausalMasks",
     "shard-tokens": "cpcompile.passes.shard_tokens:ShardTokens",
     "verify-static": "cpcompile.passes.verify_rewrite:VerifyRewrite",
 }

@@ -15,6 +15,7 @@ import torch.fx as fx
 
 from cpcompile.axes import Axis
 from cpcompile.passes.collectives import AllReduce, find_all_reduces
+from cpcompile.passes.fused_attention import FUSED, is_random
 from cpcompile.passes.picked_rows import picks_of
 from cpcompile.passes.placement_rules import UNUSED, Call, Mixing, RowWise, classify, op_name
 from cpcompile.passes.token_layout import ONE, Expr, Shape, TokenDim, row_dim, value_shapes
@@ -132,7 +133,7 @@ def repeats_attention(known: Annotation) -> bool | None:
     return all(node in known.replicated for node in found) if found else None
 
 
-PRODUCTS_OF_TOKENS = frozenset({"aten.mm", "aten.bmm", "cpcompile.sparse_attention"})
+PRODUCTS_OF_TOKENS = frozenset({"aten.mm", "aten.bmm", "cpcompile.sparse_attention", *FUSED})
 
 
 def _seed_all_reduce(known: Annotation, ar: AllReduce) -> None:
@@ -167,7 +168,7 @@ def _is_replicated(
         namespace = node.target.namespace
         if namespace == "_c10d_functional":
             return _collective_is_replicated(node, known)
-        if namespace not in PURE_NAMESPACES or torch.Tag.nondeterministic_seeded in node.target.tags:
+        if namespace not in PURE_NAMESPACES or is_random(node):
             return False
     outcome = known.classes.get(node)
     unused = {n for n, d in outcome.operands.items() if d is UNUSED} if isinstance(outcome, RowWise) else set()

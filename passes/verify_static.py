@@ -36,7 +36,7 @@ from cpcompile.passes.verify_index import (
 from cpcompile.passes.verify_moves import Mover, Value, whole
 from cpcompile.passes.verify_numbering import Numbering
 from cpcompile.passes.verify_picks import Picks
-from cpcompile.passes.verify_rules import Call, is_linear, rows_of
+from cpcompile.passes.verify_rules import RESULTS_BY_ROWS, Call, is_linear, rows_of
 
 MOST_READINGS = 64
 
@@ -146,6 +146,8 @@ class _Prover:
         if unready is not None:
             raise Refused(f"expected the wait_tensor of {unready}; found {unready} itself, which may not be there yet")
         if node.target is operator.getitem:
+            if node.args[1] >= len(self.env[tensors[0]]):  # type: ignore[operator]
+                raise Refused(f"expected a result that has rows; found number {node.args[1]} of {tensors[0]}", 2)
             return (self.env[tensors[0]][node.args[1]],)  # type: ignore[index]
         if any(len(self.env[n]) != 1 for n in tensors):
             raise Refused("expected its operands one by one; found a tuple")
@@ -267,7 +269,8 @@ class _Prover:
         if isinstance(where, str):
             raise Refused(f"expected an op that keeps rows apart; found {_op(node)}: {where}; gather first", 2)
         made = []
-        for (content, _), sizes in zip(views, out, strict=True):
+        told = RESULTS_BY_ROWS.get(op_name(node.target), len(views))
+        for (content, _), sizes in zip(views[:told], out[:told], strict=True):
             if not self.original.replicated[content]:
                 raise Refused(f"expected the same {_op(node)} on all ranks; its result differs between them", 3)
             dim = where.dim

@@ -107,6 +107,8 @@ def b(*shape: int) -> X:
 
 
 SAME = f(6, 4, 8)
+KEYS = f(2, 3, 6, 4)
+FLASH = A._scaled_dot_product_flash_attention_for_cpu.default
 SQUARE = f(6, 6)
 CUBE = f(6, 6, 6)
 SHAPE = [6, 4, 8]
@@ -327,6 +329,25 @@ CASES: dict[str, list[Op]] = {
     "aten.new_empty_strided": [op("012", A.new_empty_strided.default, f(*SHAPE), [3, 4], [4, 1])],
     "aten.sym_size": [op("012", A.sym_size.int, f(*SHAPE), 0)],
     "aten.sym_numel": [op("012", A.sym_numel.default, f(*SHAPE))],
+    "aten.scaled_dot_product_attention": [
+        op("2", A.scaled_dot_product_attention.default, f(2, 3, 6, 4), f(2, 3, 10, 4), f(2, 3, 10, 8)),
+        op("2", A.scaled_dot_product_attention.default, f(2, 3, 6, 4), f(2, 3, 10, 4), f(2, 3, 10, 4), b(6, 10)),
+        op("2", A.scaled_dot_product_attention.default, f(2, 3, 6, 4), f(2, 3, 6, 4), f(2, 3, 6, 4), f(2, 1, 6, 6)),
+        op("2", A.scaled_dot_product_attention.default, f(2, 3, 6, 4), f(2, 3, 6, 4), f(2, 3, 6, 4), f(2, 1, 1, 6)),
+        op("", A.scaled_dot_product_attention.default, f(2, 3, 6, 4), f(2, 3, 6, 4), f(2, 3, 6, 4), None, 0.0, True),
+        op("", A.scaled_dot_product_attention.default, f(2, 3, 6, 4), f(2, 3, 6, 4), f(2, 3, 6, 4), None, 0.5),
+        op("", A.scaled_dot_product_attention.default, KEYS, KEYS, f(2, 3, 6, 4)),
+    ],
+    "aten._scaled_dot_product_attention_math": [
+        op("2", A._scaled_dot_product_attention_math.default, f(2, 3, 6, 4), f(2, 3, 6, 4), f(2, 3, 6, 8), b(6, 6)),
+        op("", A._scaled_dot_product_attention_math.default, f(2, 3, 6, 4), f(2, 3, 6, 4), KEYS, None, 0.0, True),
+    ],
+    "aten._scaled_dot_product_flash_attention_for_cpu": [
+        op("2", FLASH, f(2, 3, 6, 4), f(2, 3, 10, 4), f(2, 3, 10, 4), attn_mask=f(6, 10)),
+        op("2", FLASH, f(2, 3, 6, 4), f(2, 3, 10, 4), f(2, 3, 10, 4), attn_mask=f(2, 1, 6, 10), scale=0.3),
+        op("2", FLASH, f(2, 3, 6, 4), f(2, 3, 10, 4), f(2, 3, 10, 4)),
+        op("", FLASH, f(2, 3, 6, 4), f(2, 3, 6, 4), f(2, 3, 6, 4), 0.0, True),
+    ],
     # Not rows: ops that the pointwise tag lets in.
     "pointwise": [
         op("012", A.where.self, b(*SHAPE), f(4, 1), f(8)),
@@ -422,11 +443,16 @@ def row_wise(call: Op) -> Iterator[tuple[Claim, RowWise]]:
     return ((c, c.outcome) for c in claims(call) if isinstance(c.outcome, RowWise))
 
 
+# Kernels of CUDA alone: their schemas are checked, in test_fused_attention.py, and not their numbers.
+ON_CUDA = {f"aten._scaled_dot_product_{n}_attention" for n in ("flash", "efficient", "cudnn", "fused")} - {
+    "aten._scaled_dot_product_fused_attention"
+} | {"aten._scaled_dot_product_fused_attention_overrideable"}
+
 # The table
 
 
 def test_every_row_has_cases() -> None:
-    assert CASES.keys() - {"pointwise"} == {name for name in RULES if name.startswith("aten.")}
+    assert CASES.keys() - {"pointwise"} == {name for name in RULES if name.startswith("aten.")} - ON_CUDA
     for name, calls in CASES.items():
         if name != "pointwise":
             assert {op_name(call.target) for call in calls} == {name}
