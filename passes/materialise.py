@@ -201,7 +201,8 @@ class _Builder:
         if label != "S":
             copy = self.new.node_copy(node, lambda n: operands[n])
             copy.meta = dict(node.meta)
-            if node.target is torch.ops.aten.view.default and not is_contiguous(node.all_input_nodes[0]):
+            value = self.graph.origin.get(node.args[0]) if node.target is torch.ops.aten.view.default else None  # type: ignore[arg-type]
+            if value is not None and value.name in self.interval.raises and not is_contiguous(value):
                 # What was gathered is row-major and may not allow a view that its other strides did.
                 copy.target = torch.ops.aten.reshape.default
             return copy
