@@ -616,6 +616,9 @@ def test_all_reduce_over_another_axis_is_row_wise(reduce_op: str, linear: str) -
 
 # Rows that DTensor cannot confirm, and why; their numbers are checked above like all others'.
 NO_STRATEGY = {
+    "aten.scaled_dot_product_attention": "composite: DTensor decomposes it to a CPU kernel without a strategy",
+    "aten._scaled_dot_product_attention_math": "composite, likewise",
+    "aten._scaled_dot_product_flash_attention_for_cpu": "no strategy is registered: only CUDA's kernels have one",
     "aten.copy": "no strategy is registered: functionalisation does not show it copy, only copy_",
     "aten.lift_fresh_copy": "no strategy is registered: it is met in tracing only, on constants",
     "aten.sym_size": "returns an int, which DTensor answers without a strategy",
