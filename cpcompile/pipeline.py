@@ -25,6 +25,7 @@ from cpcompile.graph_inputs import GraphInput, meshes_of
 from cpcompile.options import Options
 from cpcompile.passes.canonicalise import Canonicalise
 from cpcompile.passes.collectives import find_all_reduces, group_name_of, is_collective
+from cpcompile.passes.explicit_causal_masks import ExplicitCausalMasks, find_causal
 from cpcompile.passes.materialise import materialise
 from cpcompile.passes.per_token_attention import PerTokenAttention
 from cpcompile.passes.place import place
@@ -242,6 +243,10 @@ def _rewrite_axis(
         }
         known: Annotation = runner.run("annotate", annotate, variant.gm, axis, same, facts.rank_dependent)
         repeats = repeats_attention(known)
+        if repeats and options.strategy != "tp" and find_causal(variant.gm):
+            # Only what is split by queries needs them: elsewhere the causal kernel is the faster one.
+            runner.run("explicit-causal-masks", ExplicitCausalMasks(), variant.gm)
+            known = runner.run("annotate", annotate, variant.gm, axis, same, facts.rank_dependent)
         _check_axis(known, repeats, options, {ar.group_name for ar in find_all_reduces(variant.gm)})
         reason = _unplaceable(known, repeats, options.strategy)
         if reason:

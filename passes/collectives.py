@@ -12,6 +12,7 @@ import torch
 import torch.fx as fx
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 
 from cpcompile.passes.token_layout import ONE, Expr, Shape, shape_of, size_expr
 
@@ -181,7 +182,7 @@ def erase(*nodes: fx.Node, collectives: bool = False) -> None:
 def _fake_value(node: fx.Node, like: fx.Node) -> Any:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     # A factory's operands are sizes: its tensor is as fake as the one it is made next to.
-    fakes = (n.meta.get("val") for n in [*node.all_input_nodes, like])
+    fakes = (leaf for n in [*node.all_input_nodes, like] for leaf in tree_leaves(n.meta.get("val")))
     mode = next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None)
     assert callable(node.target)
     if mode is None:

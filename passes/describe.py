@@ -142,6 +142,8 @@ def _raised(graph: PlacementGraph, node: fx.Node, route: str, tokens: int, fused
     after, expr = _elements(graph, node, _STEPS[route], tokens)
     kind = "all_gather" if route == "gather" else "sum of partial values"
     decision = {"gather": "gather", "reduce": "keep"}.get(route, "scatter")
+    if graph.choices[graph.values[node][0]].picks:
+        kind, decision = "picked rows", "gather"
     becomes = {"gather": "all_gather", "reduce": "all_reduce"}.get(route, _BECOMES.get(route, ("", ""))[1])
     whole = [f"{consumer.name}: {why}" for consumer, why in graph.consumers.get(node, [])]
     reason = (
@@ -149,11 +151,22 @@ def _raised(graph: PlacementGraph, node: fx.Node, route: str, tokens: int, fused
         if whole
         else "its readers run on shards"
         if decision == "scatter"
-        else "its readers run whole"
+        else "its readers run whole" + _unknown_below(graph, node)
     )
     return Collective(
         node.name, kind, graph.known.axis.name, module_of(node), decision, becomes, 0, after, "0", expr, reason, fused
     )
+
+
+def _unknown_below(graph: PlacementGraph, node: fx.Node) -> str:
+    """An op further down that is not known, and so has its operands whole."""
+    found = [node]
+    for value in found:
+        for consumer, why in graph.consumers.get(value, []):
+            if "not in the table" in why:
+                return f", for {consumer.name}: {why}"
+        found += [n for n in _readers(graph, value) if n not in found]
+    return ""
 
 
 def _readers(graph: PlacementGraph, node: fx.Node) -> list[fx.Node]:

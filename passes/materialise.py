@@ -16,6 +16,8 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from cpcompile.errors import PlanError
+from cpcompile.passes.collectives import is_contiguous
+from cpcompile.passes.picked_rows import Picks, emit_picked
 from cpcompile.passes.placement_problem import PlacementGraph, rows_source, takes_rows
 from cpcompile.passes.placement_rules import UNUSED, RowWise, op_name
 from cpcompile.passes.shard_ops import ShardEmitter, is_row_major
@@ -40,7 +42,8 @@ def materialise(gm: fx.GraphModule, graph: PlacementGraph, interval: Interval) -
 def _check_fits(graph: PlacementGraph, interval: Interval) -> None:
     choices = {choice.node.name: choice for choice in graph.choices}
     for name, label in interval.labels.items():
-        if name not in choices or label not in ("P", "S") or (label == "P" and not choices[name].partial):
+        choice = choices.get(name)
+        if choice is None or not {"P": choice.partial or choice.picks, "S": not choice.picks}.get(label, False):
             raise PlanError(f"the plan places {name!r} at {label!r}, which this graph does not allow: make a new plan")
     unknown = interval.raises.keys() - {node.name for node in graph.values}
     if unknown:
@@ -93,6 +96,8 @@ class _Builder:
         if takes_rows(self.graph, node):
             return "S", self._layout(rows_source(self.graph, node))
         outcome = self.known.classes.get(node)
+        if label == "P" and isinstance(outcome, Picks):
+            return ("S", outcome.place) if operand is outcome.source else ("R", None)
         wanted = outcome.operands.get(operand) if isinstance(outcome, RowWise) else None
         if wanted is UNUSED:
             own = self.label(operand)
@@ -206,9 +211,16 @@ class _Builder:
         """Copy ``node``, reading its operands where ``label`` demands them and sizing it for its rows."""
         operands = {n: self.get(n, *self.demand(node, n, label)) for n in node.all_input_nodes}
         outcome = self.known.classes.get(node)
+        if label == "P" and isinstance(outcome, Picks):
+            index = None if outcome.index is None else operands[outcome.index]
+            return emit_picked(self.emitter, node, outcome, operands[outcome.source], index)
         if label != "S":
             copy = self.new.node_copy(node, lambda n: operands[n])
             copy.meta = dict(node.meta)
+            value = self.graph.origin.get(node.args[0]) if node.target is torch.ops.aten.view.default else None  # type: ignore[arg-type]
+            if value is not None and value.name in self.interval.raises and not is_contiguous(value):
+                # What was gathered is row-major and may not allow a view that its other strides did.
+                copy.target = torch.ops.aten.reshape.default
             return copy
         assert isinstance(outcome, RowWise)
         if outcome.identity:

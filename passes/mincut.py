@@ -132,6 +132,12 @@ def cost_of(problem: Problem, labels: Sequence[int]) -> int | None:
     return total
 
 
+def is_one_step(problem: Problem, value: ValueChoice) -> bool:
+    """Whether an all-reduce alone raises ``value``, which is never a shard: both of its steps at one price."""
+    never_a_shard = problem.ops[value.op].costs[S] is None
+    return never_a_shard and value.scatter is None and value.gather is None and value.reduce is not None
+
+
 def _threshold(problem: Problem, op: int, level: int) -> BoolNode:
     """The Boolean "op's label is at least ``level``"; a constant where the allowed labels decide it."""
     allowed = [label for label in (P, S, R) if problem.ops[op].costs[label] is not None]
@@ -158,7 +164,8 @@ def edges_of(problem: Problem) -> list[Edge]:
         at_s, at_r = _threshold(problem, index, S), _threshold(problem, index, R)
         edges += [(SOURCE, at_s, op.costs[P]), (at_s, at_r, op.costs[S]), (at_r, SINK, op.costs[R]), (at_r, at_s, None)]
     for index, value in enumerate(problem.values):
-        for level, price in ((S, value.scatter), (R, value.gather)):
+        prices = (value.reduce, 0) if is_one_step(problem, value) else (value.scatter, value.gather)
+        for level, price in zip((S, R), prices, strict=True):
             edges.append((("m", index, level), _threshold(problem, value.op, level), price))
         if _threshold(problem, value.op, S) != SOURCE:
             edges.append((("m", index, R), ("m", index, S), None))
@@ -184,9 +191,9 @@ def _labels(problem: Problem, true: set[BoolNode]) -> tuple[int, ...]:
 
 
 def is_exact(problem: Problem) -> bool:
-    """Whether the minimum cut is the optimum: no all-reduce is cheaper than its two halves."""
+    """Whether the minimum cut is the optimum: no all-reduce is cheaper than its two halves, where it has any."""
     for value in problem.values:
-        if problem.ops[value.op].costs[P] is None or value.reduce is None:
+        if problem.ops[value.op].costs[P] is None or value.reduce is None or is_one_step(problem, value):
             continue
         if value.scatter is None or value.gather is None or value.reduce < value.scatter + value.gather:
             return False
@@ -251,7 +258,7 @@ def solve_milp(problem: Problem, time_limit: float = 20.0) -> Solution:
             constant += float(capacity or 0)
     for number, value in enumerate(problem.values):
         two_steps = None if value.scatter is None or value.gather is None else value.scatter + value.gather
-        if problem.ops[value.op].costs[P] is None or value.reduce is None:
+        if problem.ops[value.op].costs[P] is None or value.reduce is None or is_one_step(problem, value):
             continue
         assert two_steps is not None, "an all-reduce without its two halves"
         saving = two_steps - value.reduce

@@ -111,10 +111,11 @@ def _cost_function(
     for number, (choice, label) in enumerate(zip(graph.choices, labels, strict=True)):
         if not choice.reduced and number not in left_out:
             add(stretched if label == S else whole, choice.seconds, 1 / size if label == S else 1.0)
-    for (_, per_token), route in zip(graph.values.values(), raises, strict=True):
+    for (number, per_token), route in zip(graph.values.values(), raises, strict=True):
         if route == "reduce":
             whole[0] += hardware.all_reduce_latency
-            add(whole, per_token, 2 * hardware.seconds_per_byte(size), shift=1)
+            shift = 0 if graph.choices[number].picks else 1
+            add(whole, per_token, 2 * hardware.seconds_per_byte(size), shift=shift)
         elif route:
             steps = route.count("+") + 1
             whole[0] += steps * hardware.latency

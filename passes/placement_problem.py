@@ -16,7 +16,9 @@ import torch
 import torch.fx as fx
 
 from cpcompile.costs import PICOSECONDS, HardwareProfile
+from cpcompile.passes.fused_attention import FUSED
 from cpcompile.passes.mincut import OpChoice, P, Problem, R, S, Use, ValueChoice
+from cpcompile.passes.picked_rows import Picks
 from cpcompile.passes.placement_rules import UNUSED, Mixing, RowWise, find_rule, op_name
 from cpcompile.passes.token_dims import Annotation
 from cpcompile.passes.token_layout import Expr, Shape, TokenDim, counted, product
@@ -35,6 +37,7 @@ _FLOPS: Mapping[str, Callable[[Sequence[Shape], Shape], Expr]] = {
     "cpcompile.routed_experts": lambda shapes, out: (
         2 * product(shapes[1]) * (shapes[3][-2] * shapes[3][-1] + shapes[4][-2] * shapes[4][-1])
     ),
+    **dict.fromkeys(FUSED, lambda shapes, out: 2 * (product(shapes[0]) + product(out)) * shapes[1][-2]),
     # Every key for every row and head; then, of the chosen keys, twice the latent and once the rotated part.
     "cpcompile.lightning_indexer": lambda shapes, out: 2 * product(shapes[0]) * shapes[1][1],
     "cpcompile.sparse_attention": lambda shapes, out: (
@@ -68,6 +71,7 @@ class Choice:
         partial: whether it may run on partial sums.
         reduced: whether it is an all-reduce of the axis: its value starts as a partial sum.
         gathered: whether it is an all-gather of the axis: its value starts as a shard.
+        picks: whether it takes a few rows: of shards as a partial sum, of whole rows as it is, and never as a shard.
     """
 
     node: fx.Node
@@ -75,6 +79,7 @@ class Choice:
     partial: bool
     reduced: bool
     gathered: bool = False
+    picks: bool = False
 
 
 @dataclass
@@ -84,7 +89,7 @@ class PlacementGraph:
     Args:
         known: the annotation that it was built from.
         choices: in graph order.
-        values: value node → (choice number, bytes per token as polynomial in T).
+        values: value node → (choice number, bytes as polynomial in T: of each token; of a choice that picks, of all).
         origin: every node that is a view of a value → that value.
         uses: (value node, choice number or None, demanded labels at P, S, R).
         consumers: value node → (consumer, reason) for consumers that need it whole.
@@ -113,11 +118,17 @@ class PlacementGraph:
             shard = whole * local // tokens if tokens else whole
             at_p = 0 if choice.reduced else whole + CARRYING_PARTS if choice.partial else None
             # All tokens of the other operands are there for a shard's rows: the cost per row does not change.
-            ops.append(OpChoice(choice.node.name, (at_p, None, None) if choice.reduced else (at_p, shard, whole)))
+            labels = (at_p, None, None) if choice.reduced else (at_p, shard, whole)
+            ops.append(OpChoice(choice.node.name, (CARRYING_PARTS, None, 0) if choice.picks else labels))
         values: list[ValueChoice] = []
         index: dict[fx.Node, int] = {}
         for node, (number, per_token) in self.values.items():
             index[node] = len(values)
+            if self.choices[number].picks:
+                moved = evaluate(per_token, tokens) * hardware.seconds_per_byte(size)
+                price = _picoseconds(hardware.all_reduce_latency) + 2 * _picoseconds(moved)
+                values.append(ValueChoice(number, None, None, price))
+                continue
             whole_bytes = evaluate(per_token, tokens) * tokens
             padded_bytes = evaluate(per_token, tokens) * local * size
             half = _picoseconds(hardware.latency) + _picoseconds(padded_bytes * hardware.seconds_per_byte(size))
@@ -174,8 +185,16 @@ def build(known: Annotation, hardware: HardwareProfile) -> PlacementGraph:
             _add_choice(graph, node, costs, gathered=True)
         elif isinstance(outcome, RowWise) and any(outcome.outputs) and node in known.replicated:
             _add_row_wise(graph, node, outcome, costs)
+        elif isinstance(outcome, Picks) and _may_pick(graph, node, outcome):
+            _add_picks(graph, node, outcome, costs)
     _add_whole_uses(graph)
     return graph
+
+
+def _may_pick(graph: PlacementGraph, node: fx.Node, outcome: Picks) -> bool:
+    """Owners are told from a row's number as contiguous rows have it."""
+    known = graph.known
+    return known.axis.layout == "contiguous" and outcome.source in graph.origin and node in known.replicated
 
 
 def _add_choice(
@@ -219,6 +238,18 @@ def _add_row_wise(graph: PlacementGraph, node: fx.Node, outcome: RowWise, costs:
             continue
         at_s = S if isinstance(demand, TokenDim) else R
         graph.uses.append((graph.origin[operand], number, (P if partial else S, at_s, R)))
+
+
+def _add_picks(graph: PlacementGraph, node: fx.Node, outcome: Picks, costs: _Costs) -> None:
+    """Rows of a shard are a partial sum (P needs S), rows of a whole are whole; the index is whole in both."""
+    number = len(graph.choices)
+    graph.choices.append(Choice(node, (0.0,), partial=False, reduced=False, picks=True))
+    graph.number[node] = number
+    graph.values[node] = (number, costs.bytes_of_all(node))
+    graph.origin[node] = node
+    graph.uses.append((graph.origin[outcome.source], number, (S, S, R)))
+    if outcome.index in graph.origin:
+        graph.uses.append((graph.origin[outcome.index], number, (R, R, R)))
 
 
 def _may_be_partial(graph: PlacementGraph, node: fx.Node, placed: list[fx.Node]) -> bool:
@@ -310,6 +341,10 @@ class _Costs:
     def bytes_per_token(self, node: fx.Node) -> Polynomial:
         """Bytes of one token's row of a value."""
         return self.polynomial(product(self.known.shapes[node][0]) / self.tokens * node.meta["val"].element_size())
+
+    def bytes_of_all(self, node: fx.Node) -> Polynomial:
+        """Bytes of a whole value."""
+        return self.polynomial(product(self.known.shapes[node][0]) * node.meta["val"].element_size())
 
     def seconds(self, node: fx.Node) -> Polynomial:
         """Compute time of an op on all rows: the data of the token-carrying operands and results, and its FLOPs.

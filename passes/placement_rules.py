@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx as fx
 
+from cpcompile.passes.fused_attention import FUSED, is_random, named_arguments
 from cpcompile.passes.token_layout import ONE, Expr, Shape, TokenDim, through_view
 
 Layouts = Mapping[fx.Node, tuple[TokenDim | None, ...]]
@@ -417,6 +418,32 @@ def npu_rope(call: Call) -> RowWise | Mixing:
     return found
 
 
+def fused_attention(call: Call) -> RowWise | Mixing:
+    """Row-wise in the queries and the mask's rows, given whole keys and values."""
+    args, op = named_arguments(call.node), FUSED[op_name(call.node.target)]
+    query, mask = args["query"], args.get(op.mask)
+    place, rows = TokenDim(len(call.shape(query)) - 2), call.layout(query)
+    if args.get("is_causal"):
+        return Mixing("is causal by the numbers of its rows: give it a mask")
+    if args.get("return_debug_mask") or args.get("dropout_mask") is not None:
+        return Mixing("returns or takes a mask of dropped scores")
+    if rows != place or query in (args["key"], args["value"], mask):
+        return Mixing("the tokens are not the rows of the queries alone")
+    demands: dict[fx.Node, Demand] = {query: place, args["key"]: None, args["value"]: None}
+    if mask is not None:
+        ndim = len(call.shape(mask))
+        here = TokenDim(ndim - 2) if ndim > 1 and call.shape(mask)[-2] != ONE else None
+        if here is not None and call.layout(mask) not in (None, here):
+            return Mixing("the mask's tokens are not the rows of the queries")
+        demands[mask] = here
+    if any(
+        isinstance(u.args[1], int) and u.args[1] >= op.rows for u in call.node.users if u.target is operator.getitem
+    ):
+        return Mixing("more is read of it than has a row for each query")
+    count = len(call.shapes[call.node])
+    return RowWise(demands, tuple(place if i < op.rows else None for i in range(count)))
+
+
 def data_free(call: Call) -> RowWise | Mixing:
     """Reads only its operand's shape, dtype and device; the result is the same whatever the operand's placement.
 
@@ -508,6 +535,7 @@ RULES: Mapping[str, OpRule] = {
     "cpcompile.paged_attention": OpRule(queries(frozenset({1, 3}), 0), _ROWS),
     **{f"npu.{n}": OpRule(npu_norm, _NPU) for n in ("npu_rms_norm", "npu_add_rms_norm")},
     **{f"npu.{n}": OpRule(npu_rope, _NPU) for n in ("npu_interleave_rope", "npu_rotary_mul")},
+    **{name: OpRule(fused_attention, "torch.nn.functional.scaled_dot_product_attention") for name in FUSED},
     "getitem": OpRule(getitem, "own: picks one output", "homogeneous"),
     "_c10d_functional.all_reduce": OpRule(pointwise, "own: elementwise over the ranks of another axis", "homogeneous"),
     "_c10d_functional.wait_tensor": OpRule(pointwise, "own: identity", "homogeneous"),
@@ -545,7 +573,7 @@ def find_rule(node: fx.Node) -> OpRule | None:
         return RULES["getitem"]
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
-    if torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable:
+    if is_random(node) or node.target._schema.is_mutable:
         return None
     known = RULES.get(op_name(node.target))
     if known is None and torch.Tag.pointwise in node.target.tags:

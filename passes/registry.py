@@ -18,6 +18,7 @@ PASSES: Mapping[str, str] = {
     "per-token-attention": "cpcompile.passes.per_token_attention:PerTokenAttention",
     "recognise-sparse-attention": "cpcompile.passes.recognise_sparse_attention:RecogniseSparseAttention",
     "recognise-routed-experts": "cpcompile.passes.recognise_routed_experts:RecogniseRoutedExperts",
+    "explicit-causal-masks": "cpcompile.passes.explicit_causal_masks:ExplicitCausalMasks",
     "shard-tokens": "cpcompile.passes.shard_tokens:ShardTokens",
     "verify-static": "cpcompile.passes.verify_rewrite:VerifyRewrite",
     "npu-attention": "cpcompile.passes.npu_attention:NpuAttention",  # for targets that have the ops

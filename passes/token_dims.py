@@ -17,7 +17,9 @@ from cpcompile.axes import Axis
 from cpcompile.passes import npu_ops
 from cpcompile.passes.collectives import AllReduce, find_all_reduces
 from cpcompile.passes.existing_moves import find_gathers, gathers_rows, own_rows, taken_from
-from cpcompile.passes.placement_rules import UNUSED, Mixing, RowWise, classify, op_name
+from cpcompile.passes.fused_attention import FUSED, is_random
+from cpcompile.passes.picked_rows import picks_of
+from cpcompile.passes.placement_rules import UNUSED, Call, Mixing, RowWise, classify, op_name
 from cpcompile.passes.token_layout import ONE, Expr, Shape, TokenDim, row_dim, value_shapes
 
 # Ops of these namespaces are pure functions of their arguments: same arguments, same result on every rank.
@@ -110,6 +112,8 @@ def annotate(
             layouts[node] = (TokenDim(0),)  # positions: whole on every rank, and each rank can take its own
         elif node.op == "call_function" and known.tokens is not None:
             outcome = classify(node, known.tokens, layouts, shapes)
+            if isinstance(outcome, Mixing):
+                outcome = picks_of(Call(node, known.tokens, layouts, shapes)) or outcome
             known.classes[node] = outcome
             if isinstance(outcome, RowWise) and any(outcome.outputs):
                 layouts[node] = outcome.outputs
@@ -163,7 +167,7 @@ def _takes_own_rows(node: fx.Node, known: Annotation) -> bool:
 
 
 PRODUCTS_OF_TOKENS = frozenset(
-    {"aten.mm", "aten.bmm"} | {f"cpcompile.{n}attention" for n in ("sparse_", "paged_sparse_", "paged_")}
+    {"aten.mm", "aten.bmm"} | {f"cpcompile.{n}attention" for n in ("sparse_", "paged_sparse_", "paged_")} | FUSED.keys()
 )
 
 
@@ -200,7 +204,7 @@ def _is_replicated(
         if namespace == "_c10d_functional":
             return _collective_is_replicated(node, known)
         pure = namespace in PURE_NAMESPACES or npu_ops.base_name(node.target) in npu_ops.PURE
-        if not pure or torch.Tag.nondeterministic_seeded in node.target.tags:
+        if not pure or is_random(node):
             return False
     outcome = known.classes.get(node)
     unused = {n for n, d in outcome.operands.items() if d is UNUSED} if isinstance(outcome, RowWise) else set()

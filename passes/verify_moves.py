@@ -202,6 +202,11 @@ class Mover:
     def _narrowed(self, value: Value, args: Mapping[str, Argument]) -> Value | None:
         """A slice of the rows: this rank's, or all without the padding."""
         sizes, (dim, first, last) = shape(value.dims), _slice_bounds(args, shape(value.dims))
+        if value.extent == "N" and value.dims[dim] == ((self.split.padded, value.post),) and args["step"] == 1:
+            # Rows that are a dim of their own, wherever the others lie.
+            rest = self.split.rescale(value.dims, self.split.padded, self.split.tokens, value.post)
+            if rest is not None and same(first, 0) and same(last, self.split.tokens) and not value.partial:
+                return self._unpadded(value, (*rest[:dim], ((self.split.tokens, value.post),), *rest[dim + 1 :]))
         if not is_row_major(value.dims) or args["step"] != 1 or value.partial or value.extent == "L":
             return None
         pre, post = product(sizes[:dim]), product(sizes[dim + 1 :])

@@ -14,6 +14,7 @@ import torch
 import torch.fx as fx
 
 from cpcompile.passes.collectives import op_name
+from cpcompile.passes.verify_arguments import is_random
 from cpcompile.passes.verify_index import Rows, Shape
 
 
@@ -253,6 +254,28 @@ def attends(*whole: str, at: int = 1) -> Rule:
     return rule
 
 
+def fused(mask: str = "") -> Rule:
+    """Rows of queries, and of a mask that has one for each, over keys and values of which every row is there."""
+
+    def rule(call: Call) -> Rows | str:
+        query, bias = call.arg("query"), call.arg(mask) if mask else None
+        assert isinstance(query, fx.Node)
+        if call.arg("is_causal") is not False:
+            return "it counts its queries from the first row"
+        if call.arg("dropout_mask") is not None or call.arg("return_debug_mask"):
+            return "it gives or takes a mask of dropped scores"
+        split = {query}
+        if isinstance(bias, fx.Node) and len(call.shapes[bias]) > 1 and call.shapes[bias][-2] != 1:
+            split.add(bias)
+        if query in (call.arg("key"), call.arg("value")) or set(call.rows) != split:
+            return "every query reads every key and value, and its own row of the mask"
+        if any(call.rows[node] != Rows(len(call.shapes[node]) - 2) for node in split):
+            return "its queries are not split by their rows"
+        return Rows(len(call.shapes[query]) - 2)
+
+    return rule
+
+
 def pad(call: Call) -> Rows | str:
     """Padding of other dims."""
     split = call.first()
@@ -280,6 +303,13 @@ RULES: Mapping[str, Rule] = {
     "aten::index_put": index_put,
     "aten::constant_pad_nd": pad,
     "cpcompile::routed_experts": experts,
+    **{
+        f"aten::{n}": fused("attn_mask") for n in ("scaled_dot_product_attention", "_scaled_dot_product_attention_math")
+    },
+    "aten::_scaled_dot_product_flash_attention_for_cpu": fused("attn_mask"),
+    "aten::_scaled_dot_product_flash_attention": fused(),
+    **{f"aten::_scaled_dot_product_{n}_attention": fused("attn_bias") for n in ("efficient", "cudnn")},
+    "aten::_scaled_dot_product_fused_attention_overrideable": fused("attn_bias"),
     "cpcompile::lightning_indexer": attends("key"),
     "cpcompile::sparse_attention": attends("key", "key_rope"),
     "cpcompile::paged_lightning_indexer": attends("key_cache", at=0),
@@ -296,6 +326,16 @@ RULES: Mapping[str, Rule] = {
     "_c10d_functional::all_reduce": pointwise,
 }
 
+# How many of several results are split by rows; the rest cannot be told of rows.
+RESULTS_BY_ROWS: Mapping[str, int] = {
+    "aten::_scaled_dot_product_attention_math": 2,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": 2,
+    "aten::_scaled_dot_product_flash_attention": 2,
+    "aten::_scaled_dot_product_efficient_attention": 1,
+    "aten::_scaled_dot_product_cudnn_attention": 1,
+    "aten::_scaled_dot_product_fused_attention_overrideable": 1,
+}
+
 ADDITIVE = frozenset({"aten::add", "aten::sub", "aten::cat"})
 HOMOGENEOUS = frozenset({"aten::mul", "aten::div", "aten::neg", "aten::mm", "aten::bmm", "aten::linear", "aten::sum"})
 HOMOGENEOUS |= {"aten::mean", "aten::slice", "aten::select", "aten::split", "aten::split_with_sizes", "aten::expand"}
@@ -309,7 +349,7 @@ def rows_of(call: Call) -> Rows | str:
     rule = RULES.get(op_name(target))
     if rule is None and target.namespace in ("aten", "prims") and torch.Tag.pointwise in target.tags:
         rule = pointwise
-    if rule is None or torch.Tag.nondeterministic_seeded in target.tags:
+    if rule is None or is_random(call.node):
         return "it is not in the table of row-wise ops"
     return rule(call)
 

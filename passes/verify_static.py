@@ -35,7 +35,8 @@ from cpcompile.passes.verify_index import (
 )
 from cpcompile.passes.verify_moves import Mover, Value, whole
 from cpcompile.passes.verify_numbering import Numbering
-from cpcompile.passes.verify_rules import Call, is_linear, rows_of
+from cpcompile.passes.verify_picks import Picks
+from cpcompile.passes.verify_rules import RESULTS_BY_ROWS, Call, is_linear, rows_of
 
 MOST_READINGS = 64
 
@@ -93,6 +94,7 @@ class _Prover:
         self.split = Split.of(tokens, axis.size, axis.rank, axis.layout)
         self.numbering = Arguments(rewritten, axis)
         self.moves = Mover(original, self.numbering, axis, self.split)
+        self.picks = Picks(original, self.numbering, self.split)
         self.env: dict[fx.Node, tuple[Readings, ...]] = {}
         self.waiting: set[fx.Node] = set()
         self.failures: list[Failure] = []
@@ -114,10 +116,18 @@ class _Prover:
             return None
         if node.op in ("placeholder", "get_attr"):
             found: tuple[Readings, ...] = tuple((whole(v),) for v in self.original.source(node, self.gm))
+        elif picked := self.picks.visit(node, self.env):
+            found = (picked,)
         elif any(n not in self.env and n not in self.numbering.sizes for n in node.all_input_nodes):
-            return None  # The failure of an operand has been told.
+            self.picks.check_reader(node, self.env)
+            return None  # Row numbers of a pick; or the failure of an operand has been told.
         else:
-            found = self._call(node)
+            try:
+                found = self._call(node)
+            except Refused:
+                if node in self.picks.facts:
+                    return None
+                raise
         found = tuple((*readings, *(v for r in readings for v in self.moves.alike(r))) for readings in found)
         self._check_shapes(node, found)
         self.env[node] = found
@@ -137,6 +147,8 @@ class _Prover:
         if unready is not None:
             raise Refused(f"expected the wait_tensor of {unready}; found {unready} itself, which may not be there yet")
         if node.target is operator.getitem:
+            if node.args[1] >= len(self.env[tensors[0]]):  # type: ignore[operator]
+                raise Refused(f"expected a result that has rows; found number {node.args[1]} of {tensors[0]}", 2)
             return (self.env[tensors[0]][node.args[1]],)  # type: ignore[index]
         if any(len(self.env[n]) != 1 for n in tensors):
             raise Refused("expected its operands one by one; found a tuple")
@@ -258,7 +270,8 @@ class _Prover:
         if isinstance(where, str):
             raise Refused(f"expected an op that keeps rows apart; found {_op(node)}: {where}; gather first", 2)
         made = []
-        for (content, _), sizes in zip(views, out, strict=True):
+        told = RESULTS_BY_ROWS.get(op_name(node.target), len(views))
+        for (content, _), sizes in zip(views[:told], out[:told], strict=True):
             if not self.original.replicated[content]:
                 raise Refused(f"expected the same {_op(node)} on all ranks; its result differs between them", 3)
             dim = where.dim

@@ -62,4 +62,17 @@ def test_a_static_or_unreadable_count_has_no_reader() -> None:
     assert token_reader(found.gm, sympy.Integer(12)) is None
     assert token_reader(found.gm, sympy.Symbol("elsewhere")) is None
     assert found.known.tokens is not None
-    assert token_reader(found.gm, product([found.known.tokens, sympy.Integer(2)])) is None
+    assert token_reader(found.gm, product([found.known.tokens, found.known.tokens])) is None
+
+
+def test_a_multiple_of_a_size_is_read_off_that_size() -> None:
+    """The rows of n pipeline stages' shards: T = n * local, and the graph's input has the local ones."""
+    found = layer()
+    assert found.known.tokens is not None
+    one, two = (token_reader(found.gm, factor * found.known.tokens) for factor in (1, 2))
+    values = [torch.zeros(7, 7) if isinstance(n.meta["val"], torch.Tensor) else 7 for n in _inputs(found.gm)]
+    assert one is not None and two is not None and two(values) == 2 * one(values) == 14
+
+
+def _inputs(gm: fx.GraphModule) -> list[fx.Node]:
+    return list(gm.graph.find_nodes(op="placeholder"))

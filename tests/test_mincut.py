@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import networkx as nx
 import pytest
@@ -57,6 +58,11 @@ def random_problem(rng: random.Random, exact: bool) -> Problem:
         for _ in range(rng.choice([1, 1, 2])):
             values.append(random_value(rng, number, costs[P] is not None, exact))
     uses += [Use(value, None, WHOLE) for value in range(len(values)) if rng.random() < 0.4]
+    for value in rng.sample(range(len(values)), min(len(values), rng.choice([0, 1, 2]))):
+        # Rows picked of a shard are a sum, which one step raises.
+        ops.append(OpChoice(f"picks {len(ops)}", (rng.randint(0, 5), None, rng.randint(0, 5))))
+        values.append(ValueChoice(len(ops) - 1, None, None, rng.randint(0, 20)))
+        uses += [Use(value, len(ops) - 1, ROW_WISE), Use(len(values) - 1, None, WHOLE)]
     return Problem(ops, values, uses)
 
 
@@ -292,6 +298,18 @@ def test_large_costs_stay_exact() -> None:
     ops = [OpChoice("norm", (None, big, 2 * big + 1))]
     assert solve(Problem(ops, [ValueChoice(0, None, big, None)], [Use(0, None, WHOLE)])).labels == (S,)
     assert solve(Problem(ops, [ValueChoice(0, None, big + 2, None)], [Use(0, None, WHOLE)])).labels == (R,)
+
+
+def test_rows_are_picked_from_shards_where_the_sum_of_few_is_cheaper() -> None:
+    """The norm stays in shards, and its picked rows are reduced, in one step, not gathered."""
+    ops = [OpChoice("norm", (None, 2, 8)), OpChoice("last row", (1, None, 0))]
+    values = [ValueChoice(0, None, 10, None), ValueChoice(1, None, None, 3)]
+    uses = [Use(0, 1, ROW_WISE), Use(1, None, WHOLE)]
+    found = solve(Problem(ops, values, uses))
+    assert found == Solution((S, P), 2 + 1 + 3, 6, "minimum cut")
+    assert raise_route(values[1], P, R) == (3, "reduce")
+    dear = [values[0], replace(values[1], reduce=30)]
+    assert solve(Problem(ops, dear, uses)).labels == (R, R)
 
 
 def test_is_exact() -> None:

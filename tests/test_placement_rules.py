@@ -114,6 +114,8 @@ def b(*shape: int) -> X:
 
 
 SAME = f(6, 4, 8)
+KEYS = f(2, 3, 6, 4)
+FLASH = A._scaled_dot_product_flash_attention_for_cpu.default
 SQUARE = f(6, 6)
 CUBE = f(6, 6, 6)
 SHAPE = [6, 4, 8]
@@ -354,6 +356,25 @@ CASES: dict[str, list[Op]] = {
     "aten.new_empty_strided": [op("012", A.new_empty_strided.default, f(*SHAPE), [3, 4], [4, 1])],
     "aten.sym_size": [op("012", A.sym_size.int, f(*SHAPE), 0)],
     "aten.sym_numel": [op("012", A.sym_numel.default, f(*SHAPE))],
+    "aten.scaled_dot_product_attention": [
+        op("2", A.scaled_dot_product_attention.default, f(2, 3, 6, 4), f(2, 3, 10, 4), f(2, 3, 10, 8)),
+        op("2", A.scaled_dot_product_attention.default, f(2, 3, 6, 4), f(2, 3, 10, 4), f(2, 3, 10, 4), b(6, 10)),
+        op("2", A.scaled_dot_product_attention.default, f(2, 3, 6, 4), f(2, 3, 6, 4), f(2, 3, 6, 4), f(2, 1, 6, 6)),
+        op("2", A.scaled_dot_product_attention.default, f(2, 3, 6, 4), f(2, 3, 6, 4), f(2, 3, 6, 4), f(2, 1, 1, 6)),
+        op("", A.scaled_dot_product_attention.default, f(2, 3, 6, 4), f(2, 3, 6, 4), f(2, 3, 6, 4), None, 0.0, True),
+        op("", A.scaled_dot_product_attention.default, f(2, 3, 6, 4), f(2, 3, 6, 4), f(2, 3, 6, 4), None, 0.5),
+        op("", A.scaled_dot_product_attention.default, KEYS, KEYS, f(2, 3, 6, 4)),
+    ],
+    "aten._scaled_dot_product_attention_math": [
+        op("2", A._scaled_dot_product_attention_math.default, f(2, 3, 6, 4), f(2, 3, 6, 4), f(2, 3, 6, 8), b(6, 6)),
+        op("", A._scaled_dot_product_attention_math.default, f(2, 3, 6, 4), f(2, 3, 6, 4), KEYS, None, 0.0, True),
+    ],
+    "aten._scaled_dot_product_flash_attention_for_cpu": [
+        op("2", FLASH, f(2, 3, 6, 4), f(2, 3, 10, 4), f(2, 3, 10, 4), attn_mask=f(6, 10)),
+        op("2", FLASH, f(2, 3, 6, 4), f(2, 3, 10, 4), f(2, 3, 10, 4), attn_mask=f(2, 1, 6, 10), scale=0.3),
+        op("2", FLASH, f(2, 3, 6, 4), f(2, 3, 10, 4), f(2, 3, 10, 4)),
+        op("", FLASH, f(2, 3, 6, 4), f(2, 3, 6, 4), f(2, 3, 6, 4), 0.0, True),
+    ],
     # Not rows: ops that the pointwise tag lets in.
     "pointwise": [
         op("012", A.where.self, b(*SHAPE), f(4, 1), f(8)),
@@ -476,11 +497,16 @@ def row_wise(call: Op) -> Iterator[tuple[Claim, RowWise]]:
     return ((c, c.outcome) for c in claims(call) if isinstance(c.outcome, RowWise))
 
 
+# Kernels of CUDA alone: their schemas are checked, in test_fused_attention.py, and not their numbers.
+ON_CUDA = {f"aten._scaled_dot_product_{n}_attention" for n in ("flash", "efficient", "cudnn", "fused")} - {
+    "aten._scaled_dot_product_fused_attention"
+} | {"aten._scaled_dot_product_fused_attention_overrideable"}
+
 # The table
 
 
 def test_every_row_has_cases() -> None:
-    assert CASES.keys() - {"pointwise"} == {name for name in RULES if name.startswith("aten.")}
+    assert CASES.keys() - {"pointwise"} == {name for name in RULES if name.startswith("aten.")} - ON_CUDA
     assert OTHERS.keys() == {name for name in RULES if name.startswith(("npu.", "cpcompile.paged_"))}
     for name, calls in EVERY.items():
         if name != "pointwise":
@@ -646,6 +672,9 @@ def test_all_reduce_over_another_axis_is_row_wise(reduce_op: str, linear: str) -
 # Rows that DTensor cannot confirm, and why; their numbers are checked above like all others'.
 NO_STRATEGY = {
     "aten.index_put": "its strategy takes a mask for integers: on shards of both it asks for shapes that differ",
+    "aten.scaled_dot_product_attention": "composite: DTensor decomposes it to a CPU kernel without a strategy",
+    "aten._scaled_dot_product_attention_math": "composite, likewise",
+    "aten._scaled_dot_product_flash_attention_for_cpu": "no strategy is registered: only CUDA's kernels have one",
     "aten.copy": "no strategy is registered: functionalisation does not show it copy, only copy_",
     "aten.lift_fresh_copy": "no strategy is registered: it is met in tracing only, on constants",
     "aten.sym_size": "returns an int, which DTensor answers without a strategy",

@@ -64,8 +64,8 @@ def test_nothing_is_imported_before_it_is_named(monkeypatch):
         ("shard-token", r"unknown pass 'shard-token' \(did you mean 'shard-tokens'\?\)"),
         (
             "qqq",
-            r"unknown pass 'qqq' \(known: canonicalise, npu-attention, per-token-attention, recognise-routed-experts, "
-            r"recognise-sparse-attention, shard-tokens, verify-static\)",
+            r"unknown pass 'qqq' \(known: canonicalise, explicit-causal-masks, npu-attention, per-token-attention, "
+            r"recognise-routed-experts, recognise-sparse-attention, shard-tokens, verify-static\)",
         ),
         ("shard-tokens{token=3}", r"no field 'token' \(did you mean 'tokens'\?\)"),
         ("canonicalise{x=1}", r"no field 'x' \(it has none\)"),
