@@ -460,10 +460,11 @@ def test_another_ranks_graph_is_refuted() -> None:
 
 
 def test_few_rows_are_summed_and_many_are_gathered() -> None:
-    """An index as long as the prompt costs twice the gather of what it names: those rows are gathered."""
+    """An index longer than the prompt costs more than the gather of what it names: those rows are gathered."""
     with fake_rank(0, 2) as mesh:
-        model = Picking(lambda h, rows: h[torch.arange(h.shape[0] - 1, -1, -1)], mesh, 0, 2)
-        trace, axis = capture(model, torch.zeros(14, dtype=torch.int64), torch.tensor([[1, 5, 8]])), axis_of("tp", mesh)
+        model = Picking(lambda h, rows: h[rows], mesh, 0, 2)
+        many = torch.zeros((1, 1 << 17), dtype=torch.int64)
+        trace, axis = capture(model, torch.zeros(14, dtype=torch.int64), many), axis_of("tp", mesh)
     graph = annotated(trace, axis).graph()
     (choice,) = [c for c in graph.choices if c.picks]
     (interval,) = place(graph, profile("ascend-a3"), "tp", "").intervals

@@ -188,17 +188,17 @@ def real_sizes(layer: type[Layer]) -> Ranks:
 
 @pytest.mark.parametrize(("layer", "latent"), [(Layer, 512 + 64 + 128), (DenseLayer, 512 + 64)])
 def test_one_gather_in_each_layer(layer: type[Layer], latent: int) -> None:
-    """Per layer and token one all-gather: latents, rotated keys and the indexer's keys; then the hidden rows."""
+    """Per layer and token one all-gather: latents, rotated keys and index keys; then each request's last row."""
     compiled = real_sizes(layer).compiled[0]
     assert not compiled.refused and all(p["holds"] for p in compiled.proofs)
-    gathered = []
-    for node in compiled.at(TOKENS).gm.graph.nodes:
-        if is_collective(node):
-            assert "all_gather" in op_name(node.target), node
-            sizes = [e.subs(dict.fromkeys(e.free_symbols, TOKENS)) for e in map(size_expr, node.meta["val"].shape)]
-            assert sizes[0] == TOKENS
-            gathered.append(int(sizes[1]))
-    assert gathered == [latent] * REAL.layers + [7168]
+    *layers, last = [n for n in compiled.at(TOKENS).gm.graph.nodes if is_collective(n)]
+    for node in layers:
+        assert "all_gather" in op_name(node.target), node
+        sizes = [e.subs(dict.fromkeys(e.free_symbols, TOKENS)) for e in map(size_expr, node.meta["val"].shape)]
+        assert sizes == [TOKENS, latent]
+    assert len(layers) == REAL.layers
+    assert "all_reduce" in op_name(last.target) and tuple(last.meta["val"].shape)[1:] == (7168,)
+    assert not size_expr(last.meta["val"].shape[0]).has(compiled.tokens)  # a row for each request, however many tokens
 
 
 def test_queries_are_a_ranks_own_and_caches_whole() -> None:
