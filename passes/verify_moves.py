@@ -202,6 +202,8 @@ class Mover:
     def _narrowed(self, value: Value, args: Mapping[str, Argument]) -> Value | None:
         """A slice of the rows: this rank's, or all without the padding."""
         sizes, (dim, first, last) = shape(value.dims), _slice_bounds(args, shape(value.dims))
+        if value.extent == "N" and self.split.layout != "contiguous" and same(sizes[dim], self.split.padded):
+            raise Refused(f"expected {self.split.layout} rows to be collected; found {first}:{last} of them", 2)
         if value.extent == "N" and value.dims[dim] == ((self.split.padded, value.post),) and args["step"] == 1:
             # Rows that are a dim of their own, wherever the others lie.
             rest = self.split.rescale(value.dims, self.split.padded, self.split.tokens, value.post)
@@ -213,8 +215,6 @@ class Mover:
         told = value.extent == "N"
         if sizes[dim] != self.split.padded or (told and pre != value.pre):
             return None
-        if told and self.split.layout != "contiguous":
-            raise Refused(f"expected {self.split.layout} rows to be collected; found {first}:{last} of them", 2)
         if told and same(first, 0) and same(last, self.split.tokens):
             dims = row_major((*sizes[:dim], self.split.tokens, *sizes[dim + 1 :]))
             return self._unpadded(value, dims)
