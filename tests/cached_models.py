@@ -1,4 +1,4 @@
-"""A model of the transformers library whose key-value caches are arguments and results: chunked prefill and decode."""
+"""Models of the transformers library as servers call them: caches in and out, and several requests in one row."""
 
 from __future__ import annotations
 
@@ -43,3 +43,18 @@ def mark_prefix(caches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     for cache in caches:
         torch._dynamo.mark_dynamic(cache, cache.ndim - 2)
     return list(caches)
+
+
+class Packed(nn.Module):
+    """Several requests one after another in one row: positions start anew with each, and none sees another's keys."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids, position_ids=positions, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def positions_of(lengths: Sequence[int]) -> torch.Tensor:
+    return torch.cat([torch.arange(length) for length in lengths])[None]

@@ -11,11 +11,10 @@ import models
 import pytest
 import torch
 import torch.fx as fx
-from cached_models import Cached, mark_prefix
+from cached_models import Cached, Packed, mark_prefix, positions_of
 from conftest import SharedRanks
 from simulate import fake_rank, in_threads, none_failed, real_inputs
 from torch import distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV32Config
@@ -151,21 +150,6 @@ def test_chunked_prefill_and_decode_from_the_caches(kind: str, size: int, layout
                 for number, (mine, theirs) in enumerate(zip(found, [logits[:, -tokens:], *expected], strict=True)):
                     close(mine, theirs, (at, rank, number))
             caches = [found[1:] for found in outputs]
-
-
-class Packed(nn.Module):
-    """Several requests one after another in one row: positions start anew with each, and none sees another's keys."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=ids, position_ids=positions, use_cache=False).logits  # type: ignore[no-any-return]
-
-
-def positions_of(lengths: Sequence[int]) -> torch.Tensor:
-    return torch.cat([torch.arange(length) for length in lengths])[None]
 
 
 @functools.cache

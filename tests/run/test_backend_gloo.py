@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from blocks import VOCAB, Block, Spelling
+from cached_models import Cached, Packed, mark_prefix, positions_of
 from models import TINY, build, shard, tiny_config
 from torch import nn
 from torch._dynamo.utils import counters
@@ -118,6 +119,38 @@ def layouts(mesh: DeviceMesh, folder: str) -> None:
         assert graphs() == 1 and lines == []
 
 
+def caches_and_batches(mesh: DeviceMesh, folder: str) -> None:
+    """Three chunks and four decode steps from the caches are one shot; several requests in a row are each alone."""
+    config = tiny_config("v32", index_n_heads=32)  # no two scores of keys are equal
+    whole, model = build(config), build(config)
+    torch._dynamo.reset()
+    ids = ids_of(47, TINY["vocab_size"])
+    options = {"strategy": "cp", "axes": {"cp": mesh}, "replicated": ["*past*"], "layout": "interleave"}
+    chunked = torch.compile(Cached(model), backend="cpcompile", options=options, fullgraph=True)
+    caches: list[torch.Tensor] = []
+    at = 0
+    with heard() as lines, torch.no_grad():
+        for tokens in (17, 2, 24, 1, 1, 1, 1):
+            now = ids[:, at : at + tokens].contiguous()
+            if tokens > 1:
+                torch._dynamo.mark_dynamic(now, 1)
+            logits, *caches = chunked(now, *mark_prefix(caches))
+            at += tokens
+            expected, *expected_caches = Cached(whole)(ids[:, :at])
+            for mine, theirs in zip([logits, *caches], [expected[:, -tokens:], *expected_caches], strict=True):
+                close(mine, theirs)
+            assert tokens == 1 or lines == [], lines  # a single token has a graph of its own, with nothing to split
+    with heard() as lines, torch.no_grad():
+        packed = torch.compile(Packed(model), backend="cpcompile", options=options, fullgraph=True)
+        for lengths in ((1, 5, 8), (9, 8)):
+            now, positions = ids[:, : sum(lengths)].contiguous(), positions_of(lengths)
+            for given in (now, positions):
+                torch._dynamo.mark_dynamic(given, 1)
+            alone = [whole(input_ids=part, use_cache=False).logits for part in now.split(lengths, 1)]
+            close(packed(now, positions), torch.cat(alone, 1))
+    assert lines == [], lines
+
+
 def every_token_count(mesh: DeviceMesh, folder: str) -> None:
     """T = 0 and 1 get graphs of their own, by dynamo's rule; ``auto`` changes between its variants without another."""
     _model, compiled = block(mesh, profile="ascend-a3", dump_dir=folder)
@@ -214,6 +247,7 @@ SCENARIOS = [
     every_token_count, modes, mistakes, replaced_parameters, training, different_options, inductor, real_models,
     context_parallelism,
     layouts,
+    caches_and_batches,
     absent_rank,
 ]  # fmt: skip
 
