@@ -2,8 +2,8 @@
 
 ``npu_kv_rmsnorm_rope_cache`` and ``npu_mla_prolog`` are not row-wise: their caches need every row, in token order and
 without padding. So their operands are gathered, and what is around them runs on a rank's own rows. The first gathers a
-latent for each token. The second computes queries of all rows of its input, on every rank, and so its input is
-gathered, which is the hidden states: use it for decoding, not for long prompts.
+latent for each token. The second computes queries of all rows of its input, so that hidden states are gathered and
+every rank repeats the projections.
 """
 
 from __future__ import annotations
