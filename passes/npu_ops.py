@@ -6,6 +6,7 @@ arguments by the names of the schema at hand: releases differ in their order and
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,8 +42,21 @@ ROWS: Mapping[str, tuple[str, ...]] = {
     "npu_scatter_pa_kv_cache_functional": ("key", "slot_mapping"),
     "npu_kv_rmsnorm_rope_cache": ("kv", "cos", "sin", "index"),
     "npu_kv_rmsnorm_rope_cache_v2_functional": ("kv", "cos", "sin", "index"),
+    "npu_mla_prolog": ("token_x", "rope_sin", "rope_cos", "cache_index"),
+    "npu_mla_prolog_v2": ("token_x", "rope_sin", "rope_cos", "cache_index"),
+    "npu_mla_prolog_v3_functional": ("token_x", "rope_sin", "rope_cos", "cache_index"),
     "npu_lightning_indexer": ("query", "weights"),
     "npu_sparse_flash_attention": ("query", "sparse_indices", "query_rope"),
+}
+
+# Op that writes caches, and so needs every row -> its other results: a row for each token in dim 0 where that has
+# their number, which a rank may take its own of.
+ROW_RESULTS: Mapping[str, range] = {
+    "npu_kv_rmsnorm_rope_cache": range(2, 4),
+    "npu_kv_rmsnorm_rope_cache_v2_functional": range(2),
+    "npu_mla_prolog": range(2),
+    "npu_mla_prolog_v2": range(2),
+    "npu_mla_prolog_v3_functional": range(5),
 }
 
 
@@ -69,6 +83,13 @@ def first_result(node: fx.Node) -> fx.Node | str:
     if parts is None or parts.keys() != {0}:
         return "more than its first result is read"
     return parts[0]
+
+
+def is_row_result(node: fx.Node) -> bool:
+    """Whether ``node`` reads one of ``ROW_RESULTS``."""
+    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
+        return False
+    return node.args[1] in ROW_RESULTS.get(base_name(node.args[0].target), ())
 
 
 def unify_rows(gm: fx.GraphModule) -> None:

@@ -110,6 +110,8 @@ def annotate(
             known.classes[node] = RowWise({}, (TokenDim(0),))
         elif op_name(node.target) == "aten.arange" and shapes[node] == ((known.tokens,),):
             layouts[node] = (TokenDim(0),)  # positions: whole on every rank, and each rank can take its own
+        elif npu_ops.is_row_result(node) and shapes[node][0][:1] == (known.tokens,):
+            layouts[node] = (TokenDim(0),)  # as positions are
         elif node.op == "call_function" and known.tokens is not None:
             outcome = classify(node, known.tokens, layouts, shapes)
             if isinstance(outcome, Mixing):

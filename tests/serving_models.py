@@ -117,18 +117,30 @@ class Layer(nn.Module):
     def attention(
         self, h: Tensor, rope: tuple[Tensor, Tensor], given: Sequence[Tensor], caches: Sequence[Tensor]
     ) -> Tensor:
-        s, slots = self.sizes, given[0]
-        q_lora, latent, k_rope = (h @ self.qkv_a.T).split([s.q_lora, s.latent, s.rope], -1)
+        s = self.sizes
+        query, q_lora = self.project(h, rope, given[0], caches)
+        out = self.attend(query, caches, given, h, q_lora, rope)
+        out = torch.bmm(out.transpose(0, 1), self.v_up).transpose(0, 1)
+        return out.reshape(-1, s.heads * s.value) @ self.o.T
+
+    def project(
+        self, h: Tensor, rope: tuple[Tensor, Tensor], slots: Tensor, caches: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Queries ``[T, H, L]`` and ``[T, H, R]`` and their normed down-projection ``[T, Q]``; writes the keys."""
+        s = self.sizes
+        q_lora, kv = (h @ self.qkv_a.T).split([s.q_lora, s.latent + s.rope], -1)
         q_lora = npu.npu_rms_norm(q_lora, self.q_norm)[0]
         nope, q_rope = (q_lora @ self.q_b.T).view(-1, s.heads, s.nope + s.rope).split([s.nope, s.rope], -1)
         query = torch.bmm(nope.transpose(0, 1), self.k_up).transpose(0, 1)  # [T, H, L]
         q_rope = npu.npu_interleave_rope(q_rope.unsqueeze(2), *rope).squeeze(2)
-        latent_cache, rope_cache = caches[:2]
-        self.write(latent_cache, slots, npu.npu_rms_norm(latent, self.kv_norm)[0])
-        self.write(rope_cache, slots, npu.npu_interleave_rope(k_rope[:, None, None], *rope)[:, 0, 0])
-        out = self.attend((query, q_rope), caches, given, h, q_lora, rope)
-        out = torch.bmm(out.transpose(0, 1), self.v_up).transpose(0, 1)
-        return out.reshape(-1, s.heads * s.value) @ self.o.T
+        self.write_keys(kv, rope, slots, caches)
+        return (query, q_rope), q_lora
+
+    def write_keys(self, kv: Tensor, rope: tuple[Tensor, Tensor], slots: Tensor, caches: Sequence[Tensor]) -> None:
+        """``[T, L + R]``, normed and rotated, to the caches."""
+        latent, k_rope = kv.split([self.sizes.latent, self.sizes.rope], -1)
+        self.write(caches[0], slots, npu.npu_rms_norm(latent, self.kv_norm)[0])
+        self.write(caches[1], slots, npu.npu_interleave_rope(k_rope[:, None, None], *rope)[:, 0, 0])
 
     def attend(
         self, query: tuple[Tensor, Tensor], caches: Sequence[Tensor], given: Sequence[Tensor], h: Tensor,
