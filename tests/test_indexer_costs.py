@@ -90,6 +90,11 @@ def test_the_volume_counts_each_gather_once() -> None:
     assert len({(c.axis, c.name) for c in report.collectives}) == len(report.collectives)
 
 
+def test_a_requirement_is_met_where_it_is_sharded() -> None:
+    made = compiled()
+    assert [made.report(t).missing(["*.indexer"]) for t in (128, LONG)] == [["*.indexer"], []]
+
+
 def test_indices_that_stay_cost_nothing() -> None:
     """Attention runs on the same rows there: the row has no collective."""
     for row in rows(compiled(parallel_attention=False), LONG):
@@ -102,7 +107,7 @@ def test_indices_that_stay_cost_nothing() -> None:
 
 
 def test_a_strategy_without_intervals_has_no_break_even() -> None:
-    """The plan of a large step shards at every T; at 64 tokens that does not pay, and the row says so."""
+    """The plan of a large step shards at every T; for one token that does not pay, and the row says so."""
     made = compiled(strategy="tp")
     for tokens, alone in ((LONG, False), (1, True)):
         for row in rows(made, tokens):
