@@ -14,9 +14,10 @@ import torch.fx as fx
 
 from cpcompile.axes import Axis
 from cpcompile.passes.describe import describe
+from cpcompile.passes.indexer_costs import is_indexer, least_sharded
 from cpcompile.passes.placement_problem import PlacementGraph
 from cpcompile.passes.token_layout import Expr, counted, size_expr
-from cpcompile.plan import Interval, Plan
+from cpcompile.plan import AxisPlan, Interval, Plan
 from cpcompile.replication import InputFact
 from cpcompile.report import Collective, PassRun, Report
 
@@ -39,15 +40,27 @@ class Variant:
 
 @dataclass
 class Step:
-    """How one axis was rewritten in a variant."""
+    """How one axis was rewritten in a variant: by ``interval``, which is one of ``plan``."""
 
     graph: PlacementGraph
     interval: Interval
     gathers: list[list[str]]
+    plan: AxisPlan
 
     def describe(self, tokens: int, base: Expr | None) -> list[Collective]:
         """Rows of this axis at ``tokens`` tokens of the model, whose symbol is ``base``."""
-        return describe(self.graph, self.interval, count_at(self.graph.known.tokens, base, tokens), self.gathers)
+        count = self.graph.known.tokens
+        return describe(
+            self.graph, self.interval, count_at(count, base, tokens), self.gathers, self._break_evens(count, base)
+        )
+
+    def _break_evens(self, count: Expr | None, base: Expr | None) -> dict[str, int]:
+        """Indexer → the fewest tokens of the model at which the plan shards it; none for static T and if at every T."""
+        if count is None or count.is_number:
+            return {}
+        names = [node.name for node in self.graph.number if is_indexer(node)]
+        least = {name: least_sharded(self.plan.intervals, name) for name in names}
+        return {name: first_tokens(count, base, t) for name, t in least.items() if t}
 
 
 def count_at(count: Expr | None, base: Expr | None, tokens: int) -> int:

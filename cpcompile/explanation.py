@@ -24,7 +24,7 @@ from cpcompile.report import Report
 
 DEFAULT_TOKENS = 16384
 _WIDTH = 200  # columns where there is no terminal: reasons stay on one line or two
-_STYLES = {"scatter": "green", "merge": "green", "sink": "green", "gather": "cyan", "keep": "yellow"}
+_STYLES = {"scatter": "green", "merge": "green", "sink": "green", "shard": "green", "gather": "cyan", "keep": "yellow"}
 
 
 class Explanation:

@@ -265,7 +265,7 @@ def _rewrite_axis(
             plan = runner.run("place", place, graph, hardware, options.strategy, fingerprint)
         plans.append(plan)
         for interval in plan.intervals:
-            made = _materialise(variant, interval, graph, same, options, result, runner)
+            made = _materialise(variant, interval, plan, graph, same, options, result, runner)
             if made is not None:
                 found.append(made)
     return found, plans
@@ -295,6 +295,7 @@ def _unplaceable(known: Annotation, repeats: bool | None, strategy: str) -> str:
 def _materialise(
     variant: Variant,
     interval: Interval,
+    plan: AxisPlan,
     graph: PlacementGraph,
     replicated: dict[str, bool],
     options: Options,
@@ -307,7 +308,7 @@ def _materialise(
     if last is not None and last < first:
         return None
     if interval.unchanged:
-        return replace(variant, first=first, last=last, steps=[*variant.steps, Step(graph, interval, [])])
+        return replace(variant, first=first, last=last, steps=[*variant.steps, Step(graph, interval, [], plan)])
     gm = runner.run("materialise", materialise, variant.gm, graph, interval)
     changed = sum(route != "reduce" for route in interval.raises.values())
     runner.runs[-1] = replace(runner.runs[-1], rewrites=changed)
@@ -324,7 +325,7 @@ def _materialise(
             {"axis": known.axis.name, "first": first, "last": last, "holds": not failures, "method": "numeric",
              "failures": failures}
         )  # fmt: skip
-    return Variant(first, last, gm, [*variant.steps, Step(graph, interval, gm.meta["gathers"])])
+    return Variant(first, last, gm, [*variant.steps, Step(graph, interval, gm.meta["gathers"], plan)])
 
 
 def _range(interval: Interval, count: Expr | None, base: Expr | None) -> tuple[int, int | None]:

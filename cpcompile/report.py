@@ -13,17 +13,19 @@ REWRITTEN = ("scatter", "merge", "sink", "remove")
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective before or after the rewrite.
+    """One collective before or after the rewrite, or an indexer whose queries may be sharded.
 
     Elements are those that each rank sends at the report's token count: ``2(n-1)/n`` of the value for an all-reduce,
     ``(n-1)/n`` for a reduce-scatter or all-gather.
 
     Args:
         name: the FX node that it reduces or gathers.
-        kind: ``"all_reduce"`` or ``"all_gather"``.
+        kind: ``"all_reduce"``, ``"all_gather"``, ``"sum of partial values"``, ``"picked rows"``, or ``"indexer"``: a
+            sparse-attention indexer and the gather of its indices, if there is one.
         axis: the mesh axis.
         module: the module that the node comes from.
-        decision: ``"scatter"``, ``"merge"``, ``"sink"``, ``"gather"``, ``"remove"`` or ``"keep"``.
+        decision: ``"scatter"``, ``"merge"``, ``"sink"``, ``"gather"``, ``"remove"`` or ``"keep"``; of an
+            indexer ``"shard"`` (its queries run on each rank's rows) or ``"keep"`` (on all).
         becomes: what stands in its place.
         elements_before: elements sent per rank in the graph as it came.
         elements_after: elements sent per rank in the rewritten graph.
@@ -104,11 +106,15 @@ class Report:
     def missing(self, required: Sequence[str]) -> list[str]:
         """The patterns of ``required`` that match no rewritten collective.
 
-        A gather counts where the pattern matches no all-reduce: attention that context parallelism split had none.
+        A sharded indexer counts where the pattern matches no all-reduce, and a gather where it matches neither:
+        attention that context parallelism split had none.
         """
         return [pattern for pattern in required if not self._has(pattern)]
 
     def _has(self, pattern: str) -> bool:
         matching = [c for c in self.collectives if c.matches(pattern)]
-        reduced = [c for c in matching if c.decision != "gather"]
-        return any(c.decision in REWRITTEN for c in reduced) if reduced else bool(matching)
+        reduced = [c for c in matching if c.kind != "indexer" and c.decision != "gather"]
+        indexers = [c for c in matching if c.kind == "indexer"]
+        if reduced:
+            return any(c.decision in REWRITTEN for c in reduced)
+        return any(c.decision == "shard" for c in indexers) if indexers else bool(matching)

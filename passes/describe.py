@@ -1,13 +1,14 @@
-"""Describe: one row with decision, elements and reason for every all-reduce of an axis and every gather of its plan."""
+"""Describe: one row with decision, elements and reason for every all-reduce, indexer and gather of an axis."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import sympy
 import torch.fx as fx
 
+from cpcompile.passes.indexer_costs import IndexerCosts, IndexerModel, is_indexer
 from cpcompile.passes.placement_problem import PlacementGraph
 from cpcompile.passes.placement_rules import Mixing
 from cpcompile.passes.token_layout import counted, product
@@ -33,7 +34,11 @@ def module_of(node: fx.Node) -> str:
 
 
 def describe(
-    graph: PlacementGraph, interval: Interval, tokens: int, gathers: Sequence[Sequence[str]]
+    graph: PlacementGraph,
+    interval: Interval,
+    tokens: int,
+    gathers: Sequence[Sequence[str]],
+    break_evens: Mapping[str, int] | None = None,
 ) -> list[Collective]:
     """Rows for one axis at ``tokens`` tokens, in graph order.
 
@@ -42,7 +47,9 @@ def describe(
         interval: the plan that holds at ``tokens``.
         tokens: the token count that elements are stated for.
         gathers: names of the values that each all-gather carries.
+        break_evens: indexer → the least T at which the whole plan shards it, where that is known.
     """
+    around = IndexerModel(graph, interval, tokens) if any(map(is_indexer, graph.known.shapes)) else None
     fused = {name: number for number, names in enumerate(gathers) for name in names}
     rows = []
     for node in graph.known.shapes:
@@ -51,6 +58,12 @@ def describe(
             rows.append(_all_reduce(graph, node, route, interval, tokens, fused.get(node.name)))
         elif node in graph.known.gathers and node in graph.number:
             rows.append(_existing_gather(graph, node, route, tokens, fused.get(node.name)))
+        elif around is not None and is_indexer(node):
+            row = _indexer(graph, node, around, interval, break_evens or {})
+            if row.decision == "shard" and route:
+                moved = _raised(graph, node, route, tokens, fused.get(node.name))
+                row = replace(moved, kind=row.kind, decision="shard", reason=f"{row.reason}; {moved.reason}")
+            rows.append(row)
         elif route:
             rows.append(_raised(graph, node, route, tokens, fused.get(node.name)))
     return rows
@@ -125,6 +138,50 @@ def _existing_gather(graph: PlacementGraph, node: fx.Node, route: str, tokens: i
         "its readers are row-wise and run on the rows that each rank brings; what they need whole is gathered later"
     )
     return replace(row, decision="remove", becomes="nothing", elements_after=0, elements_after_in_t="0", reason=reason)
+
+
+def _indexer(
+    graph: PlacementGraph, node: fx.Node, around: IndexerModel, interval: Interval, break_evens: Mapping[str, int]
+) -> Collective:
+    """An indexer, without the gather of its indices."""
+    decision, becomes, reason = "keep", "the whole indexer on every rank", ""
+    if node not in graph.number:
+        outcome = graph.known.classes.get(node)
+        reason = outcome.reason if isinstance(outcome, Mixing) else "its queries differ between the ranks"
+    else:
+        costs = around.costs(graph.number[node])
+        reason = _why_sharded(costs, graph.known.axis.size) if costs.sharded else _why_whole(costs)
+        if costs.pays != costs.sharded:
+            reason += (
+                f"; alone it would be the other way, but plans are chosen as a whole, this one at T = {interval.at}"
+            )
+        if node.name in break_evens:
+            reason += f"; break-even T = {break_evens[node.name]}"
+        if costs.sharded:
+            decision, becomes = "shard", "nothing: its readers run on the same rows"
+    axis = graph.known.axis.name
+    return Collective(node.name, "indexer", axis, module_of(node), decision, becomes, 0, 0, "0", "0", reason)
+
+
+def _why_sharded(costs: IndexerCosts, size: int) -> str:
+    spared = f" and {_us(costs.operands)} of gathers of its operands" if costs.operands else ""
+    gather = f"its indices' gather costs {_us(costs.indices)}" if costs.indices else "its indices are not gathered"
+    return f"its queries run on 1/{size} of the rows: saves {_saved(costs)}{spared}, {gather}"
+
+
+def _why_whole(costs: IndexerCosts) -> str:
+    spared = f" and {_us(costs.operands)} of gathers of its operands" if costs.operands else ""
+    return f"sharding its queries would save {_saved(costs)}{spared} and gather its indices for {_us(costs.indices)}"
+
+
+def _saved(costs: IndexerCosts) -> str:
+    return (
+        f"{_us(costs.compute)} of compute ({_us(costs.own)} its own, the rest in {costs.helpers} ops for its queries)"
+    )
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:,.1f} us"
 
 
 def _why_kept(route: str) -> str:

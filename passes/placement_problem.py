@@ -88,6 +88,7 @@ class PlacementGraph:
 
     Args:
         known: the annotation that it was built from.
+        hardware: the profile that its costs are of.
         choices: in graph order.
         values: value node → (choice number, bytes as polynomial in T: of each token; of a choice that picks, of all).
         origin: every node that is a view of a value → that value.
@@ -98,6 +99,7 @@ class PlacementGraph:
     """
 
     known: Annotation
+    hardware: HardwareProfile
     choices: list[Choice] = field(default_factory=list)
     values: dict[fx.Node, tuple[int, Polynomial]] = field(default_factory=dict)
     origin: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -174,7 +176,7 @@ def polynomial_in(expr: Expr, tokens: Expr, hint: Callable[[sympy.Symbol], int])
 
 def build(known: Annotation, hardware: HardwareProfile) -> PlacementGraph:
     """Collect choices, values and uses of an annotated graph."""
-    graph = PlacementGraph(known)
+    graph = PlacementGraph(known, hardware)
     costs = _Costs(known, hardware)
     graph.hints = costs.hints
     for node, outcome in known.classes.items():

@@ -56,6 +56,19 @@ def test_a_gather_meets_a_requirement_where_nothing_is_reduced() -> None:
     assert Report(8, collectives=[kept, beside]).missing(["*down_proj"]) == ["*down_proj"]
 
 
+@pytest.mark.parametrize(("decision", "met"), [("shard", True), ("keep", False)])
+def test_an_indexer_meets_a_requirement_where_it_is_sharded_and_nothing_is_reduced(decision: str, met: bool) -> None:
+    indexer = replace(GATHER, name="indexer", kind="indexer", module="attn.indexer", decision=decision)
+    keys = replace(GATHER, module="attn.indexer")
+    projection = replace(ROW, module="attn.o_proj")
+    for rows in ([indexer], [indexer, keys]):
+        assert Report(8, collectives=rows).missing(["*indexer"]) == ([] if met else ["*indexer"])
+    # An all-reduce of the same pattern decides alone, as it did without the row.
+    assert Report(8, collectives=[indexer, projection]).missing(["attn.*"]) == []
+    kept = replace(projection, decision="keep")
+    assert Report(8, collectives=[indexer, kept]).missing(["attn.*"]) == ["attn.*"]
+
+
 def test_every_pattern_that_nothing_meets_is_missing() -> None:
     assert Report(8, collectives=[ROW, GATHER]).missing(["*nope", "*down_proj", "mul"]) == ["*nope"]
     assert Report(8).missing([]) == []

@@ -212,6 +212,12 @@ def test_queries_are_a_ranks_own_and_caches_whole() -> None:
                 assert size == 7 if number in keys else not (size.is_Symbol or size.is_number), (node, number)
 
 
+def test_the_report_has_a_row_for_every_indexer() -> None:
+    rows = [c for c in real_sizes(Layer).compiled[0].report(TOKENS).collectives if c.kind == "indexer"]
+    assert [(c.decision, c.elements_after) for c in rows] == [("shard", 0)] * REAL.layers
+    assert all("its indices are not gathered" in c.reason for c in rows)
+
+
 # ---- seeded faults -------------------------------------------------------------------------------------------------
 
 

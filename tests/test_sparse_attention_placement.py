@@ -101,7 +101,7 @@ def test_a_short_prompt() -> None:
 def test_what_is_gathered_for_the_indexer() -> None:
     """Its keys, with the latents, and the indices that it chose; its queries and weights never move."""
     rows = [c for c in compiled().report(LONG).collectives if c.module == "model.layers.1.self_attn.indexer"]
-    assert [c.kind for c in rows] == ["all_gather"] * 2
+    assert [(c.kind, c.becomes) for c in rows] == [("all_gather", "all_gather"), ("indexer", "all_gather")]
     assert [c.elements_after for c in rows] == [width * LONG * (SIZE - 1) // SIZE for width in (128, 2048)]
 
 
