@@ -6,9 +6,8 @@ efficiency of small products, skewed routing, links of different speed, the embe
 
 Elements per token and layer that collectives move, times (n-1)/n, with hidden width H: *off* 2 H in each half of a
 layer; *tp* H + (q_lora + kv_lora + rope, with the indexer's key and weights) in the attention half, 2 H in the other;
-*cp* kv_lora + rope + the indexer's key in the attention half. *off* and *tp* keep the model's form of experts: every
-rank runs its own on all tokens. *cp* and *hybrid* have each token on one rank and take the cheaper of that and
-all-to-all dispatch.
+*cp* kv_lora + rope + the indexer's key in the attention half. Every rank runs its own experts on all tokens, as the
+rewrite has it; a model that dispatches its tokens to the experts' ranks by all-to-all is said to (``dispatch``).
 """
 
 from __future__ import annotations
@@ -230,13 +229,12 @@ def mlp_half(model: ModelShapes, strategy: Strategy, step: Step, moe: bool) -> H
         return Half(tuple(work), ())
     if not strategy.scatter:
         return Half(tuple(work), (_moved("all_reduce", "mlp", n, t, model.hidden),))
-    plain = tuple(_moved(kind, "mlp", n, t, model.hidden) for kind in ("all_gather", "reduce_scatter"))
-    if not moe or strategy.cp == 1:
-        return Half(tuple(work), plain)
-    # A rank sends each of its rows to the ranks of its experts (top_experts of them at the most), and gets it back.
-    sent = rows * min(model.top_experts, n) * model.hidden * ACTIVATION_BYTES
-    routed = (Collective("all_to_all", "experts", n, sent, 2),)
-    return Half(tuple(work), min(plain, routed, key=lambda cs: sum(c.seconds(step.profile) for c in cs)))
+    if moe and strategy.dispatch:
+        # A rank sends each of its rows to the ranks of its experts (top_experts of them at the most), and gets it back.
+        sent = rows * min(model.top_experts, n) * model.hidden * ACTIVATION_BYTES
+        return Half(tuple(work), (Collective("all_to_all", "experts", n, sent, 2),))
+    gathered = tuple(_moved(kind, "mlp", n, t, model.hidden) for kind in ("all_gather", "reduce_scatter"))
+    return Half(tuple(work), gathered)
 
 
 def _gated(model: ModelShapes, rows: float, inner: float, copies: float) -> Iterable[tuple[str, Work]]:

@@ -75,6 +75,7 @@ class Strategy:
         shard_indexer: whether the ranks of ``tp`` split the indexer's queries and gather the picked indices.
         gather_hidden: gather the hidden state before qkv_a, instead of the latents after it.
         absorbed: dense attention on the latent itself, as decode does; sparse attention always is.
+        dispatch: whether the model sends each token to its experts' ranks by all-to-all; needs ``scatter``.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Strategy:
     shard_indexer: bool = False
     gather_hidden: bool = False
     absorbed: bool = False
+    dispatch: bool = False
 
     @property
     def ranks(self) -> int:

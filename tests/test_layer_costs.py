@@ -176,9 +176,11 @@ def test_all_ranks_together_do_the_model_s_products() -> None:
         assert sum(w.flops for _, w in half.work) == pytest.approx(tokens * per_token / 8 + router)
 
 
-def test_experts_take_the_cheaper_dispatch_where_tokens_are_split() -> None:
-    few, many = (mlp_half(V3, Strategy("cp", n, 1), step(65536), moe=True).collectives for n in (4, 32))
-    assert [c.kind for c in few] == ["all_gather", "reduce_scatter"]
-    assert [(c.kind, c.size, c.count) for c in many] == [("all_to_all", 2048 * 8 * 7168 * 2, 2)]
-    plain = mlp_half(V3, Strategy("tp", 1, 32), step(65536), moe=True).collectives
-    assert [c.kind for c in plain] == ["all_gather", "reduce_scatter"]
+def test_experts_get_all_tokens_unless_the_model_dispatches_them() -> None:
+    for strategy in (Strategy("cp", 32, 1), Strategy("tp", 1, 32)):
+        found = mlp_half(V3, strategy, step(65536), moe=True).collectives
+        assert [(c.kind, c.size) for c in found] == [(k, 65536 * 7168 * 2) for k in ("all_gather", "reduce_scatter")]
+    found = mlp_half(V3, Strategy("cp", 32, 1, dispatch=True), step(65536), moe=True).collectives
+    assert [(c.kind, c.size, c.count) for c in found] == [("all_to_all", 2048 * 8 * 7168 * 2, 2)]
+    dense = mlp_half(V3, Strategy("cp", 32, 1, dispatch=True), step(65536), moe=False).collectives
+    assert [c.kind for c in dense] == ["all_gather", "reduce_scatter"]
