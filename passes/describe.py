@@ -9,8 +9,8 @@ import sympy
 import torch.fx as fx
 
 from cpcompile.passes.indexer_costs import IndexerCosts, IndexerModel, is_indexer
+from cpcompile.passes.op_call import Mixing
 from cpcompile.passes.placement_problem import PlacementGraph
-from cpcompile.passes.placement_rules import Mixing
 from cpcompile.passes.token_layout import counted, product
 from cpcompile.plan import Interval
 from cpcompile.report import Collective

@@ -10,7 +10,7 @@ import torch.fx as fx
 from cpcompile.passes.base import PassResult
 from cpcompile.passes.collectives import emit, erase, getitems
 from cpcompile.passes.fused_attention import FUSED, is_random, named_arguments
-from cpcompile.passes.placement_rules import op_name
+from cpcompile.passes.op_call import op_name
 from cpcompile.passes.token_layout import size_expr
 
 aten = torch.ops.aten

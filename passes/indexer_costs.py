@@ -25,8 +25,8 @@ from cpcompile.passes.mincut import (
     raise_route,
     solve,
 )
+from cpcompile.passes.op_call import op_name
 from cpcompile.passes.placement_problem import PlacementGraph
-from cpcompile.passes.placement_rules import op_name
 from cpcompile.plan import Interval
 
 INDEXERS = frozenset({"cpcompile.lightning_indexer", "cpcompile.paged_lightning_indexer"})

@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from cpcompile.errors import PlanError
 from cpcompile.passes.collectives import is_contiguous
+from cpcompile.passes.op_call import UNUSED, RowWise, op_name
 from cpcompile.passes.picked_rows import Picks, emit_picked
 from cpcompile.passes.placement_problem import PlacementGraph, rows_source, takes_rows
-from cpcompile.passes.placement_rules import UNUSED, RowWise, op_name
 from cpcompile.passes.shard_ops import ShardEmitter, is_row_major
 from cpcompile.passes.token_layout import TokenDim, product
 from cpcompile.plan import Interval

@@ -13,7 +13,7 @@ import torch
 import torch.fx as fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from cpcompile.passes.placement_rules import Call, Mixing, op_name
+from cpcompile.passes.op_call import Call, Mixing, op_name
 from cpcompile.passes.shard_ops import ShardEmitter
 from cpcompile.passes.token_layout import Expr, Shape, TokenDim, product, shape_of, size_expr
 

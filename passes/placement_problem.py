@@ -18,8 +18,9 @@ import torch.fx as fx
 from cpcompile.costs import PICOSECONDS, HardwareProfile
 from cpcompile.passes.fused_attention import FUSED
 from cpcompile.passes.mincut import OpChoice, P, Problem, R, S, Use, ValueChoice
+from cpcompile.passes.op_call import UNUSED, Mixing, RowWise, op_name
 from cpcompile.passes.picked_rows import Picks
-from cpcompile.passes.placement_rules import UNUSED, Mixing, RowWise, find_rule, op_name
+from cpcompile.passes.placement_rules import find_rule
 from cpcompile.passes.token_dims import Annotation
 from cpcompile.passes.token_layout import Expr, Shape, TokenDim, counted, product
 

@@ -18,8 +18,9 @@ from cpcompile.passes import npu_ops
 from cpcompile.passes.collectives import AllReduce, find_all_reduces
 from cpcompile.passes.existing_moves import find_gathers, gathers_rows, own_rows, taken_from
 from cpcompile.passes.fused_attention import FUSED, is_random
+from cpcompile.passes.op_call import UNUSED, Call, Mixing, RowWise, op_name
 from cpcompile.passes.picked_rows import picks_of
-from cpcompile.passes.placement_rules import UNUSED, Call, Mixing, RowWise, classify, op_name
+from cpcompile.passes.placement_rules import classify
 from cpcompile.passes.token_layout import ONE, Expr, Shape, TokenDim, row_dim, value_shapes
 
 # Ops of these namespaces are pure functions of their arguments: same arguments, same result on every rank.

@@ -23,8 +23,8 @@ from cpcompile.axes import Axis
 from cpcompile.passes.lockstep import LockstepError, RankProgram, run_lockstep
 from cpcompile.passes.lockstep_collectives import RULES, bind
 from cpcompile.passes.materialise import materialise
+from cpcompile.passes.op_call import op_name
 from cpcompile.passes.placement_problem import VIEWS, PlacementGraph
-from cpcompile.passes.placement_rules import op_name
 from cpcompile.passes.token_layout import Expr, size_expr
 from cpcompile.passes.widen import CASTS, wide, widened
 from cpcompile.plan import Interval

@@ -22,7 +22,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cpcompile.passes.lockstep import RankProgram, run_lockstep
-from cpcompile.passes.placement_rules import RULES, UNUSED, Mixing, RowWise, classify, find_rule, op_name
+from cpcompile.passes.op_call import UNUSED, Mixing, RowWise, op_name
+from cpcompile.passes.placement_rules import RULES, classify, find_rule
 from cpcompile.passes.token_layout import TokenDim
 
 A = torch.ops.aten

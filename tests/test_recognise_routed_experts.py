@@ -17,7 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from cpcompile.capture import Trace, capture
 from cpcompile.expert_ops import grouped_mm, routed_experts
 from cpcompile.passes import verify_rules
-from cpcompile.passes.placement_rules import Mixing, RowWise, classify
+from cpcompile.passes.op_call import Mixing, RowWise
+from cpcompile.passes.placement_rules import classify
 from cpcompile.passes.recognise_routed_experts import RecogniseRoutedExperts
 from cpcompile.passes.token_layout import TokenDim, value_shapes
 from cpcompile.passes.verify_index import Rows, tensor_shape

@@ -22,8 +22,9 @@ from cpcompile.exchange import OfflineExchange
 from cpcompile.options import Options
 from cpcompile.passes import verify_rules
 from cpcompile.passes.canonicalise import Canonicalise
+from cpcompile.passes.op_call import Mixing, RowWise
 from cpcompile.passes.placement_problem import build, evaluate
-from cpcompile.passes.placement_rules import Mixing, RowWise, classify
+from cpcompile.passes.placement_rules import classify
 from cpcompile.passes.recognise_sparse_attention import RecogniseSparseAttention
 from cpcompile.passes.token_dims import annotate
 from cpcompile.passes.token_layout import TokenDim, value_shapes

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cpcompile.axes import axis_of
 from cpcompile.capture import capture
-from cpcompile.passes.placement_rules import Mixing, RowWise
+from cpcompile.passes.op_call import Mixing, RowWise
 from cpcompile.passes.token_dims import annotate, token_placeholder
 from cpcompile.passes.token_layout import TokenDim
 
