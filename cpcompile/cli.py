@@ -130,8 +130,7 @@ def explain(
     from cpcompile.options import Options
 
     options: dict[str, Any] = {"strategy": strategy.value, "profile": profile, "verify": verify.value}
-    options |= {"layout": layout.value}
-    options |= {"require": require, "sparse_attention": sparse_attention}
+    options |= {"layout": layout.value, "require": require, "sparse_attention": sparse_attention}
     Options.parse(options)  # before the minutes that a large model takes
     with _traced(target, axis, rank) as found, _status("placing and proving"):
         declared = (*found.replicated, *replicated)

@@ -41,7 +41,7 @@ def lightning_indexer(query: Tensor, key: Tensor, weights: Tensor, key_lengths: 
     token (``actual_seq_lengths_key = key_lengths``).
     """
     _check_queries(query, key, key_lengths)
-    _expect("weights", weights, query.shape[:3])
+    expect_shape("weights", weights, query.shape[:3])
     batch, rows, heads, _ = query.shape
     keys = key.shape[1]
     indices = query.new_full((batch, rows, 1, sparse_count), -1, dtype=torch.int32)
@@ -98,9 +98,9 @@ def sparse_attention(
     with ``attention_mode=2``, ``sparse_block_size=1`` and one row for each token.
     """
     _check_queries(query, key, key_lengths)
-    _expect("sparse_indices", sparse_indices, (*query.shape[:2], 1, sparse_indices.shape[-1]))
-    _expect("query_rope", query_rope, (*query.shape[:3], query_rope.shape[-1]))
-    _expect("key_rope", key_rope, (*key.shape[:3], query_rope.shape[-1]))
+    expect_shape("sparse_indices", sparse_indices, (*query.shape[:2], 1, sparse_indices.shape[-1]))
+    expect_shape("query_rope", query_rope, (*query.shape[:3], query_rope.shape[-1]))
+    expect_shape("key_rope", key_rope, (*key.shape[:3], query_rope.shape[-1]))
     batch, rows, heads, width = query.shape
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     requests = torch.arange(batch, device=key.device)[:, None, None]
@@ -143,12 +143,13 @@ def _check_queries(query: Tensor, key: Tensor, key_lengths: Tensor) -> None:
     for name, tensor, wanted in (("query", query, "[B, S, H, D]"), ("key", key, "[B, K, 1, D]")):
         if tensor.ndim != 4:
             raise ValueError(f"{name}: expected {wanted}, found {list(tensor.shape)}")
-    _expect("key", key, (query.shape[0], key.shape[1], 1, query.shape[3]))
-    _expect("key_lengths", key_lengths, query.shape[:2])
+    expect_shape("key", key, (query.shape[0], key.shape[1], 1, query.shape[3]))
+    expect_shape("key_lengths", key_lengths, query.shape[:2])
     if key_lengths.dtype != torch.int32:
         raise ValueError(f"key_lengths: expected int32, found {key_lengths.dtype}")
 
 
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError where operand ``name`` is of another shape."""
     if tensor.shape != shape:
         raise ValueError(f"{name}: expected {list(shape)}, found {list(tensor.shape)}")

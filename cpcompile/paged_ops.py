@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cpcompile.ops import row_chunks
+from cpcompile.ops import expect_shape, row_chunks
 
 
 @torch.library.custom_op("cpcompile::paged_lightning_indexer", mutates_args=())
@@ -46,8 +46,8 @@ def paged_lightning_indexer(
     Source: DeepSeek-V3.2-Exp, "DeepSeek Sparse Attention", equation 1.
     """
     _check_rows(query, key_lengths, block_table)
-    _expect("key_cache", key_cache, (*key_cache.shape[:2], 1, query.shape[2]))
-    _expect("weights", weights, query.shape[:2])
+    expect_shape("key_cache", key_cache, (*key_cache.shape[:2], 1, query.shape[2]))
+    expect_shape("weights", weights, query.shape[:2])
     dtype = _wide(query)
     indices = query.new_full((query.shape[0], 1, sparse_count), -1, dtype=torch.int32)
     for rows, keys in _requests(key_lengths, block_table, key_cache.shape[1]):
@@ -106,7 +106,7 @@ def paged_sparse_attention(
     with ``attention_mode=2`` and ``sparse_block_size=1``.
     """
     _check_mla(query, key_cache, query_rope, rope_cache, key_lengths, block_table)
-    _expect("sparse_indices", sparse_indices, (query.shape[0], 1, sparse_indices.shape[-1]))
+    expect_shape("sparse_indices", sparse_indices, (query.shape[0], 1, sparse_indices.shape[-1]))
     dtype, (heads, width), block = _wide(query), query.shape[1:], key_cache.shape[1]
     latents, ropes = key_cache.flatten(0, 1)[:, 0], rope_cache.flatten(0, 1)[:, 0]
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
@@ -213,21 +213,16 @@ def _check_mla(
     query: Tensor, key_cache: Tensor, query_rope: Tensor, rope_cache: Tensor, key_lengths: Tensor, block_table: Tensor
 ) -> None:
     _check_rows(query, key_lengths, block_table)
-    _expect("key_cache", key_cache, (*key_cache.shape[:2], 1, query.shape[2]))
-    _expect("query_rope", query_rope, (*query.shape[:2], query_rope.shape[-1]))
-    _expect("rope_cache", rope_cache, (*key_cache.shape[:3], query_rope.shape[-1]))
+    expect_shape("key_cache", key_cache, (*key_cache.shape[:2], 1, query.shape[2]))
+    expect_shape("query_rope", query_rope, (*query.shape[:2], query_rope.shape[-1]))
+    expect_shape("rope_cache", rope_cache, (*key_cache.shape[:3], query_rope.shape[-1]))
 
 
 def _check_rows(query: Tensor, key_lengths: Tensor, block_table: Tensor) -> None:
     if query.ndim != 3:
         raise ValueError(f"query: expected [T, H, D], found {list(query.shape)}")
-    _expect("key_lengths", key_lengths, query.shape[:1])
-    _expect("block_table", block_table, (query.shape[0], block_table.shape[-1]))
+    expect_shape("key_lengths", key_lengths, query.shape[:1])
+    expect_shape("block_table", block_table, (query.shape[0], block_table.shape[-1]))
     for name, tensor in (("key_lengths", key_lengths), ("block_table", block_table)):
         if tensor.dtype != torch.int32:
             raise ValueError(f"{name}: expected int32, found {tensor.dtype}")
-
-
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name}: expected {list(shape)}, found {list(tensor.shape)}")

@@ -25,10 +25,10 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> BoxedCallable:
     for index, node in enumerate(placeholders):
         assert index in used or not node.users, f"{node} is no tensor and is used"
     inner = fx.GraphModule(gm, _without(gm, {n for i, n in enumerate(placeholders) if i not in used}))
-    # The cache of AOTAutograd is keyed by the names of this project's ops, not by what this version makes of them.
     # A shard has one row wherever T <= n: code for more rows must not be guarded against that, since the guards of all
     # variants are dynamo's for the whole graph, and one of n = 2 ("T is not 2") would contradict mark_dynamic.
     oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    # The cache of AOTAutograd is keyed by the names of this project's ops, not by what this version makes of them.
     with oblivious, torch._functorch.config.patch(enable_autograd_cache=False):
         compiled: Any = compile_fx(inner, [example_inputs[i] for i in used])
 

@@ -6,7 +6,8 @@ import operator
 
 import torch.fx as fx
 
-from cpcompile.passes.fused_attention import FUSED, named_arguments
+from cpcompile.passes.collectives import arguments
+from cpcompile.passes.fused_attention import FUSED
 from cpcompile.passes.op_call import Call, Demand, Mixing, RowWise, Rule, op_name
 from cpcompile.passes.row_rules import broadcast_rows, pointwise
 from cpcompile.passes.token_layout import ONE, TokenDim
@@ -63,7 +64,7 @@ def npu_rope(call: Call) -> RowWise | Mixing:
 
 def fused_attention(call: Call) -> RowWise | Mixing:
     """Row-wise in the queries and the mask's rows, given whole keys and values."""
-    args, op = named_arguments(call.node), FUSED[op_name(call.node.target)]
+    args, op = arguments(call.node), FUSED[op_name(call.node.target)]
     query, mask = args["query"], args.get(op.mask)
     place, rows = TokenDim(len(call.shape(query)) - 2), call.layout(query)
     if args.get("is_causal"):

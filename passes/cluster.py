@@ -50,9 +50,8 @@ def lower_bound(problem: Problem) -> int:
     """No labelling costs less: the minimum cut with each all-reduce's halves together as cheap as the all-reduce."""
     values = []
     for value in problem.values:
-        if is_one_step(problem, value):
-            pass
-        elif problem.ops[value.op].costs[P] is not None and value.reduce is not None:
+        halved = problem.ops[value.op].costs[P] is not None and not is_one_step(problem, value)
+        if halved and value.reduce is not None:
             assert value.scatter is not None and value.gather is not None
             halves = value.scatter + value.gather
             if value.reduce < halves:

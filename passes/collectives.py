@@ -75,9 +75,7 @@ def is_collective(node: object) -> bool:
 
 def group_name_of(node: fx.Node) -> str:
     """Name of the process group that collective ``node`` runs over."""
-    assert isinstance(node.target, OpOverload), f"{node}: not a collective"
-    names = [argument.name for argument in node.target._schema.arguments]
-    group = bound(node)[names.index("group_name")]
+    group = arguments(node)["group_name"]
     return group if isinstance(group, str) else str(getattr(group, "group_name", group))
 
 
@@ -87,6 +85,12 @@ def bound(node: fx.Node) -> list[Any]:
     arguments = node.target._schema.arguments
     rest = (node.kwargs.get(a.name, a.default_value) for a in arguments[len(node.args) :])
     return [*node.args, *rest]
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments of an op overload by the names of its schema, defaults filled in."""
+    assert isinstance(node.target, OpOverload), f"{node}: not an op overload"
+    return dict(zip([argument.name for argument in node.target._schema.arguments], bound(node), strict=True))
 
 
 def only_user(node: fx.Node) -> fx.Node | None:

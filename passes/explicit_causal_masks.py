@@ -8,13 +8,14 @@ import torch
 import torch.fx as fx
 
 from cpcompile.passes.base import PassResult
-from cpcompile.passes.collectives import emit, erase, getitems
-from cpcompile.passes.fused_attention import FUSED, is_random, named_arguments
+from cpcompile.passes.collectives import arguments, emit, erase, getitems
+from cpcompile.passes.fused_attention import FUSED, is_random
 from cpcompile.passes.op_call import op_name
 from cpcompile.passes.token_layout import size_expr
 
 aten = torch.ops.aten
-# They fix the causal diagonal in the upper left corner; of the others that is known for as many queries as keys.
+# They fix the causal diagonal in the upper left corner (of the others that is known for as many queries as keys only),
+# and stay, with a mask; the others give way to ``aten.scaled_dot_product_attention``.
 _UPPER_LEFT = frozenset(
     f"aten.{n}"
     for n in (
@@ -64,11 +65,11 @@ class ExplicitCausalMasks:
 def find_causal(gm: fx.GraphModule) -> list[fx.Node]:
     """Fused attention with ``is_causal=True``."""
     calls = (n for n in gm.graph.nodes if n.op == "call_function" and op_name(n.target) in FUSED)
-    return [n for n in calls if named_arguments(n).get("is_causal") is True]
+    return [n for n in calls if arguments(n).get("is_causal") is True]
 
 
 def _refusal(node: fx.Node) -> str:
-    args, name = named_arguments(node), op_name(node.target)
+    args, name = arguments(node), op_name(node.target)
     queries, keys = (size_expr(args[n].meta["val"].shape[-2]) for n in ("query", "key"))
     if is_random(node):
         return "attention with dropout: it is left whole"
@@ -76,19 +77,15 @@ def _refusal(node: fx.Node) -> str:
         return "attention that is causal and has a mask: give it one mask"
     if name not in _UPPER_LEFT and queries != keys:
         return f"causal attention of {queries} queries and {keys} keys: where its mask begins is not documented"
-    if name not in _KEPT and list(getitems(node) or ()) != [0]:
+    if name not in _UPPER_LEFT and list(getitems(node) or ()) != [0]:
         return f"{name} takes no causal mask of any length, and more than its first result is read"
     return ""
 
 
-# Ops that stay, with a mask; others give way to ``aten.scaled_dot_product_attention``.
-_KEPT = _UPPER_LEFT
-
-
 def _rewrite(node: fx.Node) -> None:
-    args, name = named_arguments(node), op_name(node.target)
+    args, name = arguments(node), op_name(node.target)
     query, key, value = args["query"], args["key"], args["value"]
-    kept = name in _KEPT
+    kept = name in _UPPER_LEFT
     mask = _mask(node, query, key, boolean=not kept or FUSED[name].boolean)
     carried = {n: args[n] for n in _CARRIED if args.get(n)}
     if kept:

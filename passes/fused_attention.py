@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.fx as fx
+
+from cpcompile.passes.collectives import arguments
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,9 @@ FUSED: Mapping[str, Fused] = {
 }
 
 
-def named_arguments(node: fx.Node) -> dict[str, Any]:
-    """All arguments of an op overload by name, defaults included."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    arguments = node.target._schema.arguments
-    given = dict(zip([a.name for a in arguments], node.args, strict=False))
-    rest = {a.name: a.default_value for a in arguments if a.has_default_value()}
-    return {**rest, **given, **node.kwargs}
-
-
 def is_random(node: fx.Node) -> bool:
     """Whether a call draws random numbers. What only drops out draws none at probability 0."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
-    return bool(named_arguments(node).get("dropout_p", 1.0) != 0)
+    return bool(arguments(node).get("dropout_p", 1.0) != 0)

@@ -12,8 +12,7 @@ import torch.fx as fx
 
 from cpcompile import paged_ops  # noqa: F401  registers the ops
 from cpcompile.passes.base import PassResult
-from cpcompile.passes.collectives import emit, erase
-from cpcompile.passes.npu_ops import arguments
+from cpcompile.passes.collectives import arguments, emit, erase
 from cpcompile.passes.token_layout import size_expr
 
 aten, own = torch.ops.aten, torch.ops.cpcompile

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.fx as fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from cpcompile.passes.collectives import getitems, op_name
+from cpcompile.passes.collectives import arguments, getitems, op_name
 from cpcompile.passes.token_layout import size_expr
 
 # Attention: products of tokens with tokens.
@@ -63,16 +62,6 @@ ROW_RESULTS: Mapping[str, range] = {
 def base_name(target: object) -> str:
     """``npu_rms_norm`` for ``npu::npu_rms_norm``; empty for a target that is no op."""
     return op_name(target).rpartition("::")[2] if isinstance(target, torch._ops.OpOverload) else ""
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """A call's arguments by the names of its schema, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    found = {}
-    for index, argument in enumerate(node.target._schema.arguments):
-        given = node.kwargs.get(argument.name, argument.default_value)
-        found[argument.name] = node.args[index] if index < len(node.args) else given
-    return found
 
 
 def first_result(node: fx.Node) -> fx.Node | str:

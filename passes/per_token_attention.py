@@ -11,8 +11,8 @@ import torch.fx as fx
 
 from cpcompile import paged_ops  # noqa: F401  registers the ops
 from cpcompile.passes.base import PassResult
-from cpcompile.passes.collectives import emit, erase
-from cpcompile.passes.npu_ops import arguments, base_name, first_result, same_size, unify_rows
+from cpcompile.passes.collectives import arguments, emit, erase
+from cpcompile.passes.npu_ops import base_name, first_result, same_size, unify_rows
 from cpcompile.passes.token_layout import size_expr
 from cpcompile.passes.traced_views import size_node
 

@@ -68,8 +68,9 @@ def place(graph: PlacementGraph, hardware: HardwareProfile, strategy: str, finge
         pieces = _intervals(graph, hardware)
     intervals = tuple(_interval(graph, hardware, *piece) for piece in pieces)
     axis = graph.known.axis
-    made = AxisPlan(axis.name, axis.size, str(tokens), fingerprint, strategy, hardware.name, intervals)
-    return replace(made, layout=axis.layout)
+    return AxisPlan(
+        axis.name, axis.size, str(tokens), fingerprint, strategy, hardware.name, intervals, layout=axis.layout
+    )
 
 
 def _optimum(graph: PlacementGraph, hardware: HardwareProfile, tokens: int) -> Candidate:

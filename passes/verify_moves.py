@@ -282,13 +282,14 @@ class Mover:
                 return []
             post = product(sizes[1:])
             return [Value(((gathered[0], post),), row_major(sizes), "L", 1, post)]
-        if value.extent != "L":
+        parts = self.original.parts.get(value.content)
+        if value.extent != "L" or not parts:
             return []
         mine = times(local, self.split.rank)
         wholes = self.split.wholes(value.dims, value.post)
         return [
             whole(part)
-            for dims, dim, first, last, part in self.original.parts.get(value.content, [])
+            for dims, dim, first, last, part in parts
             if same(first, mine) and same(last, mine + local) and (dims, Rows(dim)) in wholes
         ]
 

@@ -235,6 +235,23 @@ def _place(mesh: DeviceMesh, name: str) -> tuple[int, int, tuple[int, ...]]:
     return axis.size, axis.rank, axis.ranks
 
 
+def close_on_every_rank(
+    compiled: Sequence[Compiled],
+    traces: Sequence[Trace],
+    axes: Sequence[Sequence[Axis]],
+    ids: torch.Tensor,
+    expected: torch.Tensor,
+) -> None:
+    """All ranks of a mesh run together, and each has the ``expected`` logits."""
+    programs = [
+        RankProgram(c.variants[0].gm, real_inputs(trace, ids), {a.group_name: a.ranks for a in both})
+        for c, trace, both in zip(compiled, traces, axes, strict=True)
+    ]
+    outputs: Any = run_lockstep(programs)
+    for rank, (logits,) in enumerate(outputs):
+        close(logits, expected, (ids.shape[1], rank))
+
+
 @pytest.mark.parametrize(("kind", "layout"), [("v3", "contiguous"), ("v3", "zigzag"), ("v32", "contiguous")])
 def test_context_and_tensor_parallelism_together(kind: str, layout: str) -> None:
     traces, axes = hybrid(kind, 2, 2)
@@ -256,13 +273,7 @@ def test_context_and_tensor_parallelism_together(kind: str, layout: str) -> None
         ids = ids_of(1, tokens)
         with torch.no_grad():
             expected = whole(kind)(input_ids=ids, use_cache=False).logits
-        programs = [
-            RankProgram(c.variants[0].gm, real_inputs(trace, ids), {a.group_name: a.ranks for a in both})
-            for c, trace, both in zip(compiled, traces, axes, strict=True)
-        ]
-        outputs: Any = run_lockstep(programs)
-        for rank, (logits,) in enumerate(outputs):
-            close(logits, expected, (tokens, rank))
+        close_on_every_rank(compiled, traces, axes, ids, expected)
 
 
 # ---- structure at real sizes ---------------------------------------------------------------------------------------

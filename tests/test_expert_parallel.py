@@ -15,7 +15,7 @@ import torch.distributed._functional_collectives as funcol
 import torch.fx as fx
 from conftest import SharedRanks, TurnTaking, as_rank
 from simulate import fake_rank, in_threads, none_failed, real_inputs
-from test_context_parallel import _place, build, close, ids_of
+from test_context_parallel import _place, build, close, close_on_every_rank, ids_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -182,13 +182,7 @@ def test_eight_by_two_ranks() -> None:
         ids = ids_of(1, tokens)
         with torch.no_grad():
             expected = model()(input_ids=ids, use_cache=False).logits
-        programs = [
-            RankProgram(c.variants[0].gm, real_inputs(trace, ids), {a.group_name: a.ranks for a in both})
-            for c, trace, both in zip(compiled, traces, axes, strict=True)
-        ]
-        outputs: Any = run_lockstep(programs)
-        for rank, (logits,) in enumerate(outputs):
-            close(logits, expected, (tokens, rank))
+        close_on_every_rank(compiled, traces, axes, ids, expected)
 
 
 # ---- inside data parallelism ---------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def rows_not_restored(gm: fx.GraphModule) -> None:
 
 def split_otherwise_than_collected(gm: fx.GraphModule) -> None:
     """Positions are dealt as interleaved rows, and all else in zigzag."""
-    calls(gm, own_rows)[-1].update_arg(-1 % 5, "interleave")
+    calls(gm, own_rows)[-1].update_arg(4, "interleave")
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from cpcompile.capture import capture
 from cpcompile.compiled import Compiled
 from cpcompile.exchange import OfflineExchange
 from cpcompile.options import Options
-from cpcompile.passes.collectives import is_collective, op_name
+from cpcompile.passes.collectives import arguments, is_collective, op_name
 from cpcompile.passes.explicit_causal_masks import ExplicitCausalMasks, find_causal
-from cpcompile.passes.fused_attention import FUSED, is_random, named_arguments
+from cpcompile.passes.fused_attention import FUSED, is_random
 from cpcompile.passes.token_layout import size_expr
 from cpcompile.passes.verify_rules import RESULTS_BY_ROWS
 from cpcompile.passes.verify_static import prove
@@ -69,7 +69,7 @@ def gathered(gm: fx.GraphModule) -> list[int]:
 
 def local_rows(node: fx.Node) -> bool:
     """Whether a call's queries are this rank's rows."""
-    return "//" in str(named_arguments(node)["query"].meta["val"].shape[-2])
+    return "//" in str(arguments(node)["query"].meta["val"].shape[-2])
 
 
 # ---- a real model --------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from cpcompile.capture import capture
 from cpcompile.passes import verify_numbering, verify_rules
-from cpcompile.passes.npu_ops import PURE, ROW_RESULTS, ROWS, arguments, base_name, first_result, unify_rows
+from cpcompile.passes.collectives import arguments
+from cpcompile.passes.npu_ops import PURE, ROW_RESULTS, ROWS, base_name, first_result, unify_rows
 from cpcompile.passes.token_layout import shape_of
 from cpcompile.passes.verify_index import Rows, tensor_shape
 
