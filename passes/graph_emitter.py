@@ -77,6 +77,22 @@ class GraphEmitter:
             with self._shape_env.suppress_guards():
                 node.meta["val"] = node.target(*args, **node.kwargs)  # type: ignore[operator]
 
+    def any_tensor(self) -> torch.Tensor:
+        """A tensor of the graph, for its device: one of several dims, as what a host computes for itself has none."""
+        values = (node.meta.get("val") for node in self.graph.nodes)
+        return next(value for value in values if isinstance(value, torch.Tensor) and value.dim() > 1)
+
+    def new_size(self, target: Callable[..., Any], args: tuple[Any, ...]) -> Expr:
+        """Append a call that reads a size from data, and return the symbol that stands for it from then on."""
+        assert self._shape_env is not None, "sizes from data need a graph that was traced with a ShapeEnv"
+        node = self.graph.call_function(target, args)
+        value = self._shape_env.create_unbacked_symint()
+        self._shape_env.pending_fresh_unbacked_symbols.clear()
+        node.meta.update({**self.meta, "val": value})
+        symbol: Expr = value.node.expr
+        self._symbols[symbol] = node
+        return symbol
+
     def symint(self, expr: Expr) -> int | torch.SymInt:
         """``expr`` as a size of a fake tensor; adds no guard."""
         if expr.is_number:
@@ -88,31 +104,45 @@ class GraphEmitter:
             self._symints[expr] = self._shape_env.create_symintnode(expr, hint=hint)
         return self._symints[expr]
 
-    def fake(self, shape: Shape, like: torch.Tensor, strides: Sequence[Expr] | None = None) -> torch.Tensor | None:
-        """A fake tensor of ``shape`` (row-major unless ``strides``) with the dtype and device of ``like``."""
+    def fake(
+        self,
+        shape: Shape,
+        like: torch.Tensor,
+        strides: Sequence[Expr] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor | None:
+        """A fake tensor of ``shape``, row-major unless ``strides``, of ``dtype`` or that of ``like``, on its device."""
         if self._fake_mode is None:
             return None
         if strides is None:
             strides = [product(shape[dim + 1 :]) for dim in range(len(shape))]
         # Layers repeat: one fake tensor stands for every value of its kind.
-        key = (shape, tuple(strides), like.dtype, like.device)
+        key = (shape, tuple(strides), dtype or like.dtype, like.device)
         if key not in self._fakes:
-            self._fakes[key] = self._new_fake(shape, strides, like)
+            self._fakes[key] = self._new_fake(shape, strides, dtype or like.dtype, like.device)
         return self._fakes[key]
 
-    def _new_fake(self, shape: Shape, strides: Sequence[Expr], like: torch.Tensor) -> torch.Tensor:
+    def _new_fake(
+        self, shape: Shape, strides: Sequence[Expr], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
         assert self._fake_mode is not None
         sizes, steps = [self.symint(s) for s in shape], [self.symint(s) for s in strides]
         with self._fake_mode, self._shape_env.suppress_guards() if self._shape_env else self._fake_mode:
-            return torch.empty_strided(sizes, steps, dtype=like.dtype, device=like.device)
+            return torch.empty_strided(sizes, steps, dtype=dtype, device=device)
 
     def call(
-        self, target: Callable[..., Any], args: tuple[Any, ...], like: torch.Tensor, shape: Shape, **kwargs: Any
+        self,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        like: torch.Tensor,
+        shape: Shape,
+        result: torch.dtype | None = None,
+        **kwargs: Any,
     ) -> fx.Node:
-        """Append a call whose result is a row-major tensor of ``shape``."""
+        """Append a call whose result is a row-major tensor of ``shape``, of dtype ``result`` or that of ``like``."""
         node = self.graph.call_function(target, args, kwargs)
         node.meta.update(self.meta)
-        node.meta["val"] = self.fake(shape, like)
+        node.meta["val"] = self.fake(shape, like, dtype=result)
         return node
 
     def reshape(self, node: fx.Node, like: torch.Tensor, old: Shape, new: Shape) -> fx.Node:

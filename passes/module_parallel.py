@@ -1,0 +1,405 @@
+"""Module tensor parallelism: a group of ranks shares the weight of a module that each of them held whole.
+
+Before: every rank multiplies its own rows by the whole weight of its embedding, o_proj, MLP or lm_head.
+After (P ranks, N rows each): *embedding* all-gather of ids, lookup among this rank's rows of the table, reduce-scatter;
+*o_proj* all-to-all to all rows of some columns, product, reduce-scatter; *mlp* all-gather, both products on this rank's
+inner columns, reduce-scatter; *lm_head* all-gather, product with this rank's vocabulary, all-to-all. A bias is added
+once. Where the ranks may have different numbers of rows they agree on N first, once in a step (``group_tokens``).
+Source: vllm-ascend, fine-grained tensor parallelism.
+Refuses: weights that are not cut by ``weight_cuts``, and MLPs that do more than multiply between their products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+import torch.fx as fx
+
+from cpcompile.axes import Axis
+from cpcompile.passes.collectives import arguments, op_name
+from cpcompile.passes.graph_emitter import GraphEmitter
+from cpcompile.passes.materialise import fake_mode_of
+from cpcompile.passes.module_roles import VIEWS, between
+from cpcompile.passes.products import PRODUCTS, Product, product_of
+from cpcompile.passes.row_groups import EXCHANGE, RowCounts, RowGroup
+from cpcompile.passes.shard_ops import is_row_major
+from cpcompile.passes.token_layout import ONE, Expr, Shape, product, shape_of, size_expr
+from cpcompile.passes.verify_arguments import LAST
+from cpcompile.passes.weight_cuts import Cut, CutRefused, Cuts
+
+aten = torch.ops.aten
+
+_KEEPS_ROWS = VIEWS - {f"aten::{n}" for n in ("permute", "t", "transpose", "expand", "slice", "_to_copy")}
+_DIVIDING = {
+    "aten::split": ("split_size",),
+    "aten::split_with_sizes": ("split_sizes",),
+    "aten::slice": ("start", "end"),
+}
+_ADDED_AFTER = ("aten::addmm",)  # products whose bias may be added to the sum instead
+
+
+@dataclass(frozen=True)
+class SharedModule:
+    """A module whose weight a group of ranks is to share.
+
+    Args:
+        role: its role, one of ``module_roles.ROLES``.
+        name: the model's name of it.
+        nodes: names of its lookup or products, the one that comes down last.
+        axis: the ranks that share it.
+        unequal: the ranks may have different numbers of rows.
+    """
+
+    role: str
+    name: str
+    nodes: tuple[str, ...]
+    axis: Axis
+    unequal: bool
+
+
+@dataclass(frozen=True)
+class SharedGraph:
+    """A graph whose modules are shared.
+
+    Args:
+        gm: the graph; its weights are this rank's parts.
+        cuts: graph input → how it is cut.
+        axes: graph input → the ranks that share it.
+        most_rows: numbers of rows that must not be more than ``group_tokens``, where that is a number.
+    """
+
+    gm: fx.GraphModule
+    cuts: Mapping[str, Cut]
+    axes: Mapping[str, Axis]
+    most_rows: tuple[Expr, ...] = ()
+
+
+def share_modules(
+    gm: fx.GraphModule,
+    modules: Sequence[SharedModule],
+    group_tokens: str | int = EXCHANGE,
+    same: Collection[str] = (),
+    hints: Mapping[sympy.Symbol, int] | None = None,
+) -> SharedGraph:
+    """Return a new graph in which each of ``modules`` is tensor-parallel over its axis; ``gm`` is left as it is.
+
+    Args:
+        gm: functional ATen graph.
+        modules: what to share; each can be (see ``cuts_of``).
+        group_tokens: how ranks that may have different numbers of rows agree on N: ``"exchange"`` the largest at each
+            step, ``"equal"`` says that all have as many, a number is N.
+        same: nodes that are known to be the same on all ranks of the modules' groups.
+        hints: sizes of the traced example.
+
+    Raises:
+        CutRefused: a weight cannot be cut, or a static graph has more rows than ``group_tokens``.
+    """
+    return _Builder(gm, modules, group_tokens, same, hints or {}).run()
+
+
+def idle_graph(
+    gm: fx.GraphModule,
+    modules: Sequence[SharedModule],
+    group_tokens: str | int = EXCHANGE,
+    hints: Mapping[sympy.Symbol, int] | None = None,
+) -> fx.GraphModule:
+    """What a rank without tokens runs while the others of its groups run :func:`share_modules`' graph.
+
+    It takes part in every collective of the modules whose ranks may have different numbers of rows, with zeros, and
+    multiplies the others' rows by its part of the weights. Its inputs are these parts, by the names that they have in
+    ``gm``; what it returns has no meaning.
+    """
+    unequal = [module for module in modules if module.unequal]
+    return _Builder(gm, unequal, group_tokens, (), hints or {}, idle=True).run_idle()
+
+
+def cuts_of(gm: fx.GraphModule, module: SharedModule) -> Cuts:
+    """How the weights of ``module`` are cut.
+
+    Raises:
+        CutRefused: they cannot be; the message says why.
+    """
+    nodes = {n.name: n for n in gm.graph.nodes}
+    if any(name not in nodes for name in module.nodes):
+        raise CutRefused(f"{module.name} is not in this graph as one product")
+    mine, cuts = [nodes[name] for name in module.nodes], Cuts(module.axis.size)
+    if module.role == "embedding":
+        table = mine[0].args[0]
+        assert isinstance(table, fx.Node)
+        cuts.cut(table, 0, mine[0])
+        cuts.check_readers()
+        return cuts
+    *first, last = (p for n in mine if (p := product_of(n)) is not None)
+    if len(first) + 1 != len(mine):
+        raise CutRefused(f"{module.name} has a product that is not known in this graph")
+    halves = 2 if module.role == "mlp" and len(first) == 1 else 1  # gate and up may be one product, side by side
+    for p in first:
+        _cut_columns(cuts, p, halves)
+    if module.role == "lm_head":
+        _cut_columns(cuts, last, 1)
+    else:
+        _cut_rows(cuts, last)
+    cuts.check_readers()
+    if module.role == "mlp":
+        _check_middle(last, set(mine))
+    return cuts
+
+
+def _cut_columns(cuts: Cuts, p: Product, segments: int) -> None:
+    cuts.cut(p.weight, 1, p.node, segments)
+    for vector in (*p.per_column, *([p.bias] if p.bias is not None else [])):
+        cuts.cut(vector, len(shape_of(vector.meta["val"])) - 1, p.node, segments)
+
+
+def _cut_rows(cuts: Cuts, p: Product) -> None:
+    if p.bias is not None and op_name(p.node.target) not in _ADDED_AFTER:
+        raise CutRefused(f"{p.node} adds its bias before it scales, so that it cannot be added once to the sum")
+    cuts.cut(p.weight, 0, p.node)
+
+
+def _check_middle(down: Product, products: Collection[fx.Node]) -> None:
+    """Between gate, up and down nothing may depend on the rows' shape or mix columns."""
+    middle = between(down.rows, products)
+    if middle is None:
+        raise CutRefused(f"more lies before {down.node} than an activation and a product")
+    for node in middle:
+        name = op_name(node.target)
+        if name in _KEEPS_ROWS:
+            width = {size_expr(n.meta["val"].shape[-1]) for n in (node, node.all_input_nodes[0])}
+            if len(width) > 1:
+                raise CutRefused(f"{node}, before {down.node}, regroups columns")
+        elif name in _DIVIDING:
+            dim, ndim = arguments(node)["dim"], node.all_input_nodes[0].meta["val"].dim()
+            if dim % ndim != ndim - 1:
+                raise CutRefused(f"{node}, before {down.node}, divides rows")
+        elif name in VIEWS and name != "aten::_to_copy":
+            raise CutRefused(f"{node}, before {down.node}, moves columns")
+
+
+@dataclass
+class _Inner:
+    """What lies between the products of one MLP, as columns of all ranks' rows."""
+
+    module: SharedModule
+    group: RowGroup
+    env: dict[fx.Node, Any] = field(default_factory=dict)
+
+
+class _Builder:
+    """Builds the new graph; ``env`` holds the copy of every node, of this rank's own rows where it has rows."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        modules: Sequence[SharedModule],
+        group_tokens: str | int,
+        same: Collection[str],
+        hints: Mapping[sympy.Symbol, int],
+        idle: bool = False,
+    ) -> None:
+        self.gm, self.same, self.idle = gm, same, idle
+        self.new = fx.Graph()
+        self.emitter = GraphEmitter(self.new, fake_mode_of(gm), hints)
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.gathered: dict[tuple[fx.Node, str], fx.Node] = {}
+        self.cuts: dict[fx.Node, Cut] = {}
+        self.axes: dict[str, Axis] = {}
+        self.module_of: dict[fx.Node, SharedModule] = {}
+        self.between: dict[fx.Node, SharedModule] = {}
+        self.inner: dict[SharedModule, _Inner] = {}
+        nodes = {n.name: n for n in gm.graph.nodes}
+        for module in modules:
+            found, mine = cuts_of(gm, module), [nodes[name] for name in module.nodes]
+            self.cuts.update(found.nodes)
+            self.axes.update(dict.fromkeys(found.inputs(), module.axis))
+            self.module_of.update(dict.fromkeys(mine, module))
+            if module.role == "mlp":
+                middle = between(mine[-1].all_input_nodes[0], mine) or ()
+                self.between.update(dict.fromkeys(middle, module))
+        wanted = [(m.axis, _rows_of(node)) for node, m in self.module_of.items() if m.unequal]
+        self.rows = RowCounts(self.emitter, group_tokens, wanted, idle)
+
+    def run(self) -> SharedGraph:
+        for node in self.gm.graph.nodes:
+            self.emitter.meta = {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
+            if node in self.module_of:
+                self._module(node, self.module_of[node])
+            elif node in self.between:
+                self._between(node, self.inner[self.between[node]])
+            else:
+                self._copy(node)
+        self.new.eliminate_dead_code()
+        self.new.lint()
+        shared = fx.GraphModule(self.gm, self.new)
+        shared.meta.update(self.gm.meta)
+        inputs = {node.name: cut for node, cut in self.cuts.items() if node.op == "placeholder"}
+        return SharedGraph(shared, inputs, self.axes, self.rows.limited)
+
+    def run_idle(self) -> fx.GraphModule:
+        results = []
+        for node in self.gm.graph.nodes:
+            if node.op == "placeholder" or node in self.cuts:
+                self._copy(node)
+            elif node in self.between:
+                self._between(node, self.inner[self.between[node]])
+            elif node in self.module_of:
+                self._module(node, self.module_of[node])
+                results += [self.env[node]] if node in self.env else []
+        self.new.output(tuple(results))
+        for node in self.new.find_nodes(op="placeholder"):
+            if not node.users:
+                self.new.erase_node(node)
+        self.new.lint()
+        return fx.GraphModule(self.gm, self.new)
+
+    def _copy(self, node: fx.Node) -> None:
+        copy = self.new.node_copy(node, self.env.__getitem__)
+        copy.meta = dict(node.meta)
+        cut, value = self.cuts.get(node), node.meta.get("val")
+        if cut is not None and isinstance(value, torch.Tensor):
+            copy.meta["val"] = self.emitter.fake(_part(shape_of(value), cut), value)
+        if node.op == "placeholder":
+            self.emitter.bind(copy)
+        self.env[node] = copy
+
+    def _group(self, module: SharedModule, own: fx.Node, rows: Expr) -> RowGroup:
+        same = not module.unequal and own.name in self.same
+        padded = self.rows.padded(rows, module.axis) if module.unequal else rows
+        return RowGroup(self.emitter, module.axis, rows, padded, same, self.idle)
+
+    def _module(self, node: fx.Node, module: SharedModule) -> None:
+        if module.role == "embedding":
+            self.env[node] = self._embedding(node, module)
+            return
+        p = product_of(node)
+        assert p is not None
+        group = self._group(module, p.rows, _rows_of(node))
+        if module.role == "lm_head":
+            width = size_expr(node.meta["val"].shape[1])
+            self.env[node] = group.own_rows(self._on_columns(p, group), node.meta["val"], width)
+        elif module.role == "o_proj":
+            value = p.rows.meta["val"]
+            rows = group.columns(self.env.get(p.rows), value, size_expr(value.shape[1]))
+            self.env[node] = self._summed(p, rows, group)
+        elif node.name == module.nodes[-1]:
+            inner = self.inner[module]
+            self.env[node] = self._summed(p, inner.env[p.rows], inner.group)
+        else:
+            inner = self.inner.setdefault(module, _Inner(module, group))
+            inner.env[node] = self._on_columns(p, inner.group)
+
+    def _on_columns(self, p: Product, group: RowGroup) -> fx.Node:
+        """The product of all ranks' rows with this rank's columns of the weight."""
+        width = size_expr(p.node.meta["val"].shape[1]) / group.axis.size
+        bias = None if p.bias is None else self.env[p.bias]  # cut, as its weight is
+        return self._product(p, self._gathered(p.rows, group), group, width, bias)
+
+    def _summed(self, p: Product, rows: fx.Node, group: RowGroup) -> fx.Node:
+        """Own rows of the product of all ranks' rows with this rank's rows of the weight, summed over the ranks."""
+        like, width = p.node.meta["val"], size_expr(p.node.meta["val"].shape[1])
+        summed = group.sum(self._product(p, rows, group, width, bias=None), like, width)
+        if p.bias is None or self.idle:
+            return summed
+        return self.emitter.call(aten.add.Tensor, (summed, self.env[p.bias]), like, (group.rows, width))
+
+    def _product(self, p: Product, rows: fx.Node, group: RowGroup, width: Expr, bias: fx.Node | None) -> fx.Node:
+        target, like, shape = p.node.target, p.node.meta["val"], (group.every, width)
+        if op_name(target) == "aten::addmm" and bias is None:
+            return self.emitter.call(aten.mm.default, (rows, self.env[p.weight]), like, shape)
+        assert isinstance(target, torch._ops.OpOverload)
+        form, given = PRODUCTS[op_name(target)], arguments(p.node)
+        new: dict[str, Any] = {
+            form.rows: rows,
+            **{n: self._gathered(given[n], group) for n in form.per_row if given[n] in p.per_row},
+        }
+        new |= {form.bias: bias} if form.bias else {}
+        new = {k: new.get(k, self.env.get(v, v) if isinstance(v, fx.Node) else v) for k, v in given.items()}
+        named = {a.name for a in target._schema.arguments if a.kwarg_only}
+        positional = tuple(v for k, v in new.items() if k not in named)
+        return self.emitter.call(target, positional, like, shape, None, **{k: new[k] for k in new if k in named})
+
+    def _gathered(self, own: fx.Node, group: RowGroup) -> fx.Node:
+        """All ranks' rows of what this rank has rows of; gate and up read the same ones."""
+        key = (_reshaped(own), group.axis.group_name)
+        if key not in self.gathered:
+            value = own.meta["val"]
+            self.gathered[key] = group.gather(self.env.get(own), value, shape_of(value)[1:])
+        return self.gathered[key]
+
+    def _embedding(self, node: fx.Node, module: SharedModule) -> fx.Node:
+        table, ids = node.args[0], node.args[1]
+        assert isinstance(table, fx.Node) and isinstance(ids, fx.Node)
+        value, like = ids.meta["val"], node.meta["val"]
+        rows, width = _rows_of(node), shape_of(like)[-1]
+        group = self._group(module, ids, rows)
+        every = group.gather(self._flat(ids), value, ())
+        own, shape = int(shape_of(table.meta["val"])[0]) // group.axis.size, (group.every,)
+        local = self.emitter.call(aten.sub.Tensor, (every, own * group.axis.rank), value, shape)
+        inside = self.emitter.call(aten.clamp.default, (local, 0, own - 1), value, shape)
+        lookup = (self.env[table], inside, *node.args[2:])
+        found = self.emitter.call(aten.embedding.default, lookup, like, (*shape, width), None, **node.kwargs)
+        elsewhere = self.emitter.call(aten.ne.Tensor, (local, inside), value, shape, torch.bool)
+        column = self.emitter.call(aten.unsqueeze.default, (elsewhere, 1), value, (*shape, ONE), torch.bool)
+        found = self.emitter.call(aten.masked_fill.Scalar, (found, column, 0), like, (*shape, width))
+        summed = group.sum(found, like, width)
+        return summed if self.idle else self.emitter.reshape(summed, like, (rows, width), shape_of(like))
+
+    def _flat(self, ids: fx.Node) -> fx.Node | None:
+        if self.idle:
+            return None
+        value, own = ids.meta["val"], self.env[ids]
+        if not is_row_major(value):
+            own = self.emitter.contiguous(own, value, shape_of(value))
+        return self.emitter.reshape(own, value, shape_of(value), (product(shape_of(value)),))
+
+    def _between(self, node: fx.Node, inner: _Inner) -> None:
+        """Columns of all rows, ``[P*N, I/P]``: views that shape the rows are dropped, numbers of columns divided."""
+        source, name, value = node.all_input_nodes[0], op_name(node.target), node.meta["val"]
+        if name in _KEEPS_ROWS:
+            inner.env[node] = inner.env[source]
+            return
+        copy = self.new.node_copy(node, inner.env.__getitem__)
+        copy.meta = {**node.meta, "val": self._columns(value, inner)}
+        if name in _DIVIDING:
+            given = {**arguments(node), "self": inner.env[source], "dim": 1}
+            for key in _DIVIDING[name]:
+                given[key] = _divided(given[key], inner.group.axis.size)
+            copy.args, copy.kwargs = tuple(given.values()), {}
+        inner.env[node] = copy
+
+    def _columns(self, value: Any, inner: _Inner) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return type(value)(self._columns(v, inner) for v in value)
+        shape = (inner.group.every, size_expr(value.shape[-1]) / inner.group.axis.size)
+        return self.emitter.fake(shape, value)
+
+
+def _rows_of(node: fx.Node) -> Expr:
+    """Rows of a product or lookup."""
+    return product(shape_of(node.meta["val"])[:-1])
+
+
+def _reshaped(own: fx.Node) -> fx.Node:
+    """What ``own``, ``[R, K]``, is a mere reshaping of: equal reshapings of one value have equal rows."""
+    while op_name(own.target) in _KEEPS_ROWS and shape_of(own.all_input_nodes[0].meta["val"])[-1:] == _width(own):
+        own = own.all_input_nodes[0]
+    return own
+
+
+def _width(node: fx.Node) -> Shape:
+    return shape_of(node.meta["val"])[-1:]
+
+
+def _part(shape: Shape, cut: Cut) -> Shape:
+    return tuple(size / cut.parts if dim == cut.dim else size for dim, size in enumerate(shape))
+
+
+def _divided(columns: Any, parts: int) -> Any:
+    """Numbers of columns, or where columns begin or end, as they are among one rank's columns of each half."""
+    if isinstance(columns, list | tuple):
+        return [_divided(c, parts) for c in columns]
+    return columns // parts if isinstance(columns, int) and columns != LAST else columns
