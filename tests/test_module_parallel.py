@@ -59,7 +59,7 @@ def test_weights_fall_by_what_the_formula_says() -> None:
     heads = config.num_attention_heads * config.v_head_dim
     whole = 2 * config.vocab_size * config.hidden_size + 3 * heads * config.hidden_size
     whole += 3 * config.intermediate_size * config.hidden_size
-    assert sum(before) == whole and sum(after) * size == whole
+    assert sum(before.values()) == whole and sum(after.values()) * size == whole
 
 
 def test_more_rows_than_the_group_takes() -> None:
