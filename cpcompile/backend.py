@@ -7,7 +7,7 @@ import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from cpcompile.compiled import Compiled, token_reader
 from cpcompile.exchange import Exchange, GroupExchange, OfflineExchange
 from cpcompile.graph_inputs import GraphInput, describe_inputs
 from cpcompile.lowering.targets import BoxedCallable, lower
+from cpcompile.module_runtime import examples_of, keep_parts, row_limits
 from cpcompile.options import Options
 from cpcompile.pipeline import compile_graph
 from cpcompile.replication import ParameterGuard
+from cpcompile.weights import local_tensor
 
 log = logging.getLogger("cpcompile")
 
@@ -88,19 +90,24 @@ def _compile_inference(
     compiled = compile_graph(aot, inputs, options, lambda axis: exchange_for(axis, options.timeout_s))
     _tell(compiled, options)
     target = options.target or ("inductor" if _device(aot_inputs) == "cuda" else "eager")
-    guard, watched = _guard(compiled, inputs)
+    parts = keep_parts(compiled, inputs, options)
+    guard, watched = _guard(compiled, inputs, parts)
+    check_rows = row_limits(compiled, options)
     read_tokens = token_reader(compiled.original, compiled.tokens)
     variants = compiled.variants if read_tokens is not None else [compiled.at(_static_tokens(compiled))]
     lowered: dict[int, BoxedCallable] = {}
     for variant in variants:
         if id(variant.gm) not in lowered:
-            lowered[id(variant.gm)] = lower(target, variant.gm, aot_inputs)
+            lowered[id(variant.gm)] = lower(target, variant.gm, examples_of(variant.gm, aot_inputs, parts))
     run = [lowered[id(v.gm)] for v in variants]
     firsts = [v.first for v in variants]
 
     def boxed(args: list[Any]) -> Any:
         if watched:
             guard.check([args[i] for i in watched])
+        check_rows(args)
+        for place, part in parts.items():
+            args[place] = part
         which = bisect.bisect_right(firsts, read_tokens(args)) - 1 if read_tokens is not None else 0
         return run[which](args)
 
@@ -113,20 +120,14 @@ def _static_tokens(compiled: Compiled) -> int:
     return int(tokens) if tokens is not None and tokens.is_number else compiled.variants[-1].first
 
 
-def _guard(compiled: Compiled, inputs: Sequence[GraphInput]) -> tuple[ParameterGuard, list[int]]:
-    """Watches the parameters whose replication rests on a fingerprint, at their places among the inputs."""
-    places = sorted(
-        {
-            i
-            for facts in compiled.facts.values()
-            for i, fact in enumerate(facts)
-            if fact.source == "fingerprint" and fact.replicated
-        }
-        if compiled.rewritten
-        else set()
-    )
-    tensors = [(inputs[i].name, inputs[i].value) for i in places]
-    return ParameterGuard([(name, t) for name, t in tensors if isinstance(t, torch.Tensor)]), places
+def _guard(
+    compiled: Compiled, inputs: Sequence[GraphInput], parts: Collection[int]
+) -> tuple[ParameterGuard, list[int]]:
+    """Watches what was shared, and what replication rests on a fingerprint of, at their places among the inputs."""
+    facts = [*compiled.facts.values()] if compiled.rewritten else []
+    told = {i for of_axis in facts for i, f in enumerate(of_axis) if f.source == "fingerprint" and f.replicated}
+    places = sorted(told.union(parts))
+    return ParameterGuard([(inputs[i].name, local_tensor(inputs[i].value)) for i in places]), places
 
 
 def _device(values: Sequence[Any]) -> str:

@@ -13,6 +13,7 @@ import torch
 import torch.fx as fx
 
 from cpcompile.axes import Axis
+from cpcompile.module_tp import Sharing
 from cpcompile.passes.describe import describe
 from cpcompile.passes.indexer_costs import is_indexer, least_sharded
 from cpcompile.passes.placement_problem import PlacementGraph
@@ -30,6 +31,7 @@ class Variant:
     last: int | None
     gm: fx.GraphModule
     steps: list[Step] = field(default_factory=list)
+    same: frozenset[str] = frozenset()  # nodes that are known to be the same on all ranks of the last step's axis
 
     @property
     def typical(self) -> int:
@@ -93,6 +95,7 @@ class Compiled:
         refused: axis name → why it was left alone.
         unplaced: rows for the all-reduces of axes that were left alone.
         axes: the mesh axes, in the order in which they are placed.
+        sharing: the modules that ranks share, None where none is asked for.
     """
 
     original: fx.GraphModule
@@ -105,6 +108,7 @@ class Compiled:
     refused: dict[str, str] = field(default_factory=dict)
     unplaced: list[Collective] = field(default_factory=list)
     axes: list[Axis] = field(default_factory=list)
+    sharing: Sharing | None = None
 
     @property
     def rewritten(self) -> bool:
@@ -128,6 +132,7 @@ class Compiled:
             )  # fmt: skip
         report.collectives += self.unplaced
         report.verify = {"proofs": self.proofs, "holds": all(p["holds"] for p in self.proofs)}
+        report.modules = self.sharing.rows if self.sharing else []
         report.axes = [
             {"name": a.name, "size": a.size, "rank": a.rank, "refused": self.refused.get(a.name, "")} for a in self.axes
         ]

@@ -17,7 +17,15 @@ from cpcompile.plan import Plan
 STRATEGIES = ("auto", "tp", "cp", "hybrid", "off")
 TARGETS = ("eager", "inductor")
 VERIFICATIONS = ("static", "numeric", "off")
-PATTERNS = ("require", "replicated")
+PATTERNS = ("require", "replicated", "layer_sharding")
+ROLES = ("embedding", "o_proj", "mlp", "lm_head", "none")
+# Names that users of vllm-ascend know, and the roles that they stand for.
+MODULE_SIZES = {
+    "oproj_tensor_parallel_size": "o_proj",
+    "lmhead_tensor_parallel_size": "lm_head",
+    "embedding_tensor_parallel_size": "embedding",
+    "mlp_tensor_parallel_size": "mlp",
+}
 
 # What each option is an instance of, and how to ask for it; the others are one of a few words.
 KINDS: dict[str, tuple[tuple[type, ...], str]] = {
@@ -31,6 +39,12 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "dump_dir": ((str, Path, type(None)), "the path of a folder"),
     "profile": ((str, HardwareProfile), "the name of a profile or a HardwareProfile"),
     "timeout_s": ((int, float), "a positive number of seconds"),
+    "finegrained_tp_config": ((Mapping,), f"a dict of {', '.join(MODULE_SIZES)} to numbers of ranks"),
+    "flashcomm2_oproj_tensor_parallel_size": ((int,), "a number of ranks, 0 for no FlashComm 2"),
+    "layer_sharding": ((str, Sequence, Set), "the modules whose layers are spread over ranks, such as ['o_proj']"),
+    "modules": ((Mapping,), "a dict of role to patterns of module names, such as {'mlp': 'model.layers.0.mlp'}"),
+    "release_weights": ((bool,), "True or False"),
+    "group_tokens": ((str, int), "'exchange', 'equal' or a number of rows"),
 }
 
 
@@ -62,6 +76,19 @@ class Options:
         routed_experts: recognise experts that sort the tokens and run them as ``routed_experts``, which a shard can run
             on its own tokens: the same steps, in one op that the compiler takes apart again.
         timeout_s: seconds to wait for the other ranks at compile time.
+        finegrained_tp_config: module tensor parallelism, in vllm-ascend's words: ``oproj_tensor_parallel_size``,
+            ``lmhead_tensor_parallel_size``, ``embedding_tensor_parallel_size``, ``mlp_tensor_parallel_size`` → ranks
+            that share the module's weights, which each of them holds whole.
+        flashcomm2_oproj_tensor_parallel_size: FlashComm 2: ranks within tp that share o_proj; 0 is off.
+        layer_sharding: roles (``"o_proj"``) whose weights are spread over ranks layer by layer, and broadcast.
+        groups: this rank's process groups for these, by kind: a ``cpcompile.mesh`` ``ProcessGroups``, or a dict of
+            ``o_proj``, ``lm_head``, ``embedding``, ``mlp``, ``flashcomm2_otp``, ``flashcomm2_odp``, ``shared_weight``.
+        modules: role → fnmatch patterns of module names that have it, where dataflow says something else;
+            ``"none"``: modules to leave alone.
+        release_weights: give the memory of weights that are shared back. They cannot be read afterwards; see
+            ``cpcompile.reallocate_weights``.
+        group_tokens: how ranks that share a module and have tokens of their own agree on the rows that each pads to:
+            ``"exchange"`` an all-reduce in each step, ``"equal"`` all have as many, a number is at least every rank's.
     """
 
     axes: Mapping[str, Any] = field(default_factory=dict)
@@ -78,6 +105,13 @@ class Options:
     sparse_attention: bool = False
     routed_experts: bool = True
     timeout_s: float = 120.0
+    finegrained_tp_config: Mapping[str, int] = field(default_factory=dict)
+    flashcomm2_oproj_tensor_parallel_size: int = 0
+    layer_sharding: tuple[str, ...] = ()
+    groups: Any = None
+    modules: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    release_weights: bool = False
+    group_tokens: str | int = "exchange"
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
@@ -92,7 +126,20 @@ class Options:
         for name in PATTERNS:
             value = options.get(name, ())
             options[name] = (value,) if isinstance(value, str) else tuple(value)
+        options["modules"] = {
+            k: (v,) if isinstance(v, str) else tuple(v) for k, v in options.get("modules", {}).items()
+        }
         parsed = cls(**options)
+        for role in parsed.modules:
+            _check_choice("modules", role, ROLES)
+        for size in parsed.finegrained_tp_config.items():
+            _check_size(*size)
+        for role in parsed.layer_sharding:
+            _check_choice("layer_sharding", role, ("o_proj",))
+        if isinstance(parsed.group_tokens, str):
+            _check_choice("group_tokens", parsed.group_tokens, ("exchange", "equal"))
+        elif isinstance(parsed.group_tokens, bool) or parsed.group_tokens < 1:
+            raise OptionError(f"group_tokens is {parsed.group_tokens!r}: give {KINDS['group_tokens'][1]}")
         _check_choice("strategy", parsed.strategy, STRATEGIES)
         _check_choice("layout", parsed.layout, LAYOUTS)
         _check_choice("target", parsed.target, (*TARGETS, ""))
@@ -111,6 +158,12 @@ def _check_kind(name: str, value: Any) -> None:
         good = good and not isinstance(value, bool) and 0 < value < math.inf
     if not good:
         raise OptionError(f"{name} is {value!r}: give {wanted}")
+
+
+def _check_size(name: str, size: object) -> None:
+    _check_choice("finegrained_tp_config", name, tuple(MODULE_SIZES))
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise OptionError(f"finegrained_tp_config: {name} is {size!r}: give a number of ranks")
 
 
 def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -6,10 +6,11 @@ any rank could not rewrite or prove its graph, every rank runs the graph as it c
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from cpcompile.costs import HardwareProfile, profile
 from cpcompile.errors import AxisError, CpcompileError, PlanError, RequirementError
 from cpcompile.exchange import Exchange
 from cpcompile.graph_inputs import GraphInput, meshes_of
+from cpcompile.module_tp import module_axes, share
 from cpcompile.options import Options
 from cpcompile.passes.canonicalise import Canonicalise
 from cpcompile.passes.collectives import find_all_reduces, group_name_of, is_collective
@@ -64,6 +66,7 @@ def compile_graph(
     options: Options,
     exchange_for: Callable[[Axis], Exchange],
     axes: Sequence[Axis] | None = None,
+    modules: Mapping[str, Axis] | None = None,
 ) -> Compiled:
     """Run the pipeline on a functional ATen graph.
 
@@ -73,11 +76,14 @@ def compile_graph(
         options: the user's options.
         exchange_for: how to reach the other ranks of an axis.
         axes: the axes, where the caller knows them; else found from ``options.axes`` and the graph.
+        modules: role → the ranks that share such modules, where the caller knows them; else from the options.
 
     Raises:
         AxisError, PlanError: the axes or the plan do not fit the graph.
         RequirementError: something that ``options.require`` names was not rewritten, or a proof failed under it.
+        GroupError: a module is to be shared, and its ranks are not given.
     """
+    roles = module_axes(options) if modules is None else modules
     runner = Runner()
     original = fx.GraphModule(gm, copy_graph(gm.graph))
     runner.run("canonicalise", Canonicalise(), gm)
@@ -87,6 +93,22 @@ def compile_graph(
     if options.routed_experts:
         runner.run("recognise-routed-experts", RecogniseRoutedExperts(), gm)
     result = Compiled(original, [Variant(0, None, original)], Plan(), passes=runner.runs)
+    _place(gm, inputs, options, exchange_for, axes, result, runner)
+    if roles:
+        _share(gm, inputs, options, exchange_for, roles, result, runner)
+    return result
+
+
+def _place(
+    gm: fx.GraphModule,
+    inputs: Sequence[GraphInput],
+    options: Options,
+    exchange_for: Callable[[Axis], Exchange],
+    axes: Sequence[Axis] | None,
+    result: Compiled,
+    runner: Runner,
+) -> None:
+    """Find the axes, and place the tokens over them."""
     reduced = find_all_reduces(gm)
     result.axes = (
         list(axes)
@@ -100,16 +122,13 @@ def compile_graph(
     if unknown:
         result.refused = dict.fromkeys([axis.name for axis in result.axes] or unknown, _NO_GROUP.format(unknown[0]))
         result.unplaced = [_kept(ar.wait.name, ar.group_name, _NO_GROUP.format(unknown[0])) for ar in reduced]
-        _require(result, options, [])
-        return result
+        return _require(result, options, [])
     if options.strategy == "off" or options.deterministic or not result.axes:
         why = _why_nothing(options)
         result.refused = {axis.name: why for axis in result.axes}
         result.unplaced = [_kept(ar.wait.name, ar.group_name, why) for ar in reduced]
-        _require(result, options, [])
-        return result
-    _rewrite(gm, inputs, options, exchange_for, result, runner)
-    return result
+        return _require(result, options, [])
+    return _rewrite(gm, inputs, options, exchange_for, result, runner)
 
 
 _NO_GROUP = "no process group is called {0!r}: give axes={{name: group}} with the name before the colon"
@@ -308,13 +327,18 @@ def _materialise(
     if last is not None and last < first:
         return None
     if interval.unchanged:
-        return replace(variant, first=first, last=last, steps=[*variant.steps, Step(graph, interval, [], plan)])
+        steps, same = (
+            [*variant.steps, Step(graph, interval, [], plan)],
+            frozenset(n.name for n in graph.known.replicated),
+        )
+        return replace(variant, first=first, last=last, steps=steps, same=same)
     gm = runner.run("materialise", materialise, variant.gm, graph, interval)
     changed = sum(route != "reduce" for route in interval.raises.values())
     runner.runs[-1] = replace(runner.runs[-1], rewrites=changed)
-    known = graph.known
+    known, same = graph.known, frozenset[str]()
     if options.verify != "off":
         proof = runner.run("verify-static", prove, variant.gm, gm, known.axis, known.tokens, replicated.__getitem__)
+        same = proof.same
         result.proofs.append(
             {"axis": known.axis.name, "first": first, "last": last, "holds": proof.holds,
              "method": "static", "failures": [f"{f.node}: {f.message}" for f in proof.failures]}
@@ -325,7 +349,32 @@ def _materialise(
             {"axis": known.axis.name, "first": first, "last": last, "holds": not failures, "method": "numeric",
              "failures": failures}
         )  # fmt: skip
-    return Variant(first, last, gm, [*variant.steps, Step(graph, interval, gm.meta["gathers"], plan)])
+    return Variant(first, last, gm, [*variant.steps, Step(graph, interval, gm.meta["gathers"], plan)], same)
+
+
+def _share(
+    gm: fx.GraphModule,
+    inputs: Sequence[GraphInput],
+    options: Options,
+    exchange_for: Callable[[Axis], Exchange],
+    roles: Mapping[str, Axis],
+    result: Compiled,
+    runner: Runner,
+) -> None:
+    """Share modules in every variant, or in none on any rank."""
+    exchange_for = functools.cache(exchange_for)
+    variants = result.variants if result.rewritten else [Variant(0, None, gm)]
+    graphs = [(variant.gm, variant.same) for variant in variants]
+    sharing = runner.run("share-modules", share, gm, graphs, inputs, roles, result.axes, options, exchange_for)
+    runner.runs[-1] = replace(runner.runs[-1], rewrites=len(sharing.modules))
+    failure = "deterministic=True keeps every reduction order" if options.deterministic else ""
+    failure = sharing.settle(failure, exchange_for)
+    if failure:
+        log.warning("cpcompile: no module is shared: %s", failure)
+        sharing = sharing.refused(failure)
+    if sharing.modules:
+        result.variants = [replace(v, gm=g.gm) for v, g in zip(variants, sharing.graphs, strict=True)]
+    result.sharing = sharing
 
 
 def _range(interval: Interval, count: Expr | None, base: Expr | None) -> tuple[int, int | None]:

@@ -29,6 +29,7 @@ from torch.utils.weak import TensorWeakRef
 from cpcompile.axes import Axis
 from cpcompile.errors import AxisError, ParameterChangedError
 from cpcompile.exchange import Exchange, OfflineExchange
+from cpcompile.weights import address, released_fingerprint
 
 Kind = Literal["parameter", "buffer", "input", "other"]
 
@@ -177,7 +178,7 @@ def _seen(name: str, value: object, kind: Kind, mutated: bool, offline: bool) ->
     readable = _is_readable(value) and not mutated
     if isinstance(value, Tensor) and kind in ("parameter", "buffer"):
         if readable and not offline:
-            return InputFact(name, True, "fingerprint"), fingerprint(value)
+            return InputFact(name, True, "fingerprint"), released_fingerprint(value) or fingerprint(value)
     elif isinstance(value, Tensor) and kind == "input" and value.dtype in _CONTRACT_DTYPES:
         return InputFact(name, True, "integer input"), fingerprint(value) if readable else None
     return InputFact(name, False, f'unknown: declare it with replicated=["{name}"]'), None
@@ -282,7 +283,7 @@ class ParameterGuard:
             self._refs.append(TensorWeakRef(tensor))
             self._watches.append(weakref.ref(tensor, partial(_note, self._gone, name)))
             version = None if tensor.is_inference() else tensor._version
-            self._entries.append((tensor.data_ptr(), version, name))
+            self._entries.append((address(tensor), version, name))
 
     def check(self, current: Sequence[Tensor] | None = None) -> None:
         """Compare with the state at construction.
@@ -296,8 +297,8 @@ class ParameterGuard:
         tensors = [ref() for ref in self._refs] if current is None else current
         if self._gone:
             raise _changed(self._gone[0], "replaced")
-        for (address, version, name), tensor in zip(self._entries, tensors, strict=True):
-            if tensor.data_ptr() != address:
+        for (place, version, name), tensor in zip(self._entries, tensors, strict=True):
+            if address(tensor) != place:
                 raise _changed(name, "in other memory")
             if version is not None and tensor._version != version:
                 raise _changed(name, "written")

@@ -54,6 +54,33 @@ class Collective:
 
 
 @dataclass(frozen=True)
+class ModuleRow:
+    """One module that was to be shared by a group of ranks.
+
+    Args:
+        role: ``"embedding"``, ``"o_proj"``, ``"mlp"`` or ``"lm_head"``.
+        module: the model's name of it.
+        axis: name of the group.
+        ranks: ranks of the group.
+        decision: ``"share"``, or ``"keep"`` whole.
+        bytes_before: bytes of its weights on each rank before; 0 where it is kept.
+        bytes_after: bytes of its weights on each rank.
+        collectives: what it costs in each step.
+        reason: why, in one line.
+    """
+
+    role: str
+    module: str
+    axis: str
+    ranks: int
+    decision: str
+    bytes_before: int
+    bytes_after: int
+    collectives: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class PassRun:
     """One run of a pass: seconds, rewrites, and the places that it left alone with reasons."""
 
@@ -76,6 +103,7 @@ class Report:
         passes: what ran, in order.
         verify: outcome of the proof.
         axes: the mesh axes and why one was left alone, if it was.
+        modules: every module that was to be shared by ranks of its own.
     """
 
     tokens: int
@@ -86,6 +114,7 @@ class Report:
     passes: list[PassRun] = field(default_factory=list)
     verify: dict[str, Any] = field(default_factory=dict)
     axes: list[dict[str, Any]] = field(default_factory=list)
+    modules: list[ModuleRow] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data for JSON."""
@@ -98,6 +127,7 @@ class Report:
                 "before": sum(c.elements_before for c in self.collectives),
                 "after": sum(c.elements_after for c in self.collectives),
             },
+            "modules": [dataclasses.asdict(m) for m in self.modules],
             "solver": self.solver,
             "passes": [dataclasses.asdict(p) for p in self.passes],
             "verify": self.verify,

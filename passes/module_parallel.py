@@ -220,7 +220,7 @@ class _Builder:
             if module.role == "mlp":
                 middle = between(mine[-1].all_input_nodes[0], mine) or ()
                 self.between.update(dict.fromkeys(middle, module))
-        wanted = [(m.axis, _rows_of(node)) for node, m in self.module_of.items() if m.unequal]
+        wanted = [(m.role, m.axis, _rows_of(node)) for node, m in self.module_of.items() if m.unequal]
         self.rows = RowCounts(self.emitter, group_tokens, wanted, idle)
 
     def run(self) -> SharedGraph:
@@ -268,7 +268,7 @@ class _Builder:
 
     def _group(self, module: SharedModule, own: fx.Node, rows: Expr) -> RowGroup:
         same = not module.unequal and own.name in self.same
-        padded = self.rows.padded(rows, module.axis) if module.unequal else rows
+        padded = self.rows.padded(module.role, rows) if module.unequal else rows
         return RowGroup(self.emitter, module.axis, rows, padded, same, self.idle)
 
     def _module(self, node: fx.Node, module: SharedModule) -> None:

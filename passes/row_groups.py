@@ -34,7 +34,8 @@ class RowCounts:
         emitter: of the graph under construction.
         group_tokens: ``"exchange"``: the most rows of any rank, by an all-reduce; ``"equal"``: all hold as many; a
             number: N.
-        wanted: the ranks and the number of rows R of every value that will be asked for.
+        wanted: what will be asked for: a role, its ranks, and R of one of its modules. What is exchanged has one number
+            per role, whatever R is: ranks may have been compiled for other numbers of rows.
         idle: this rank has no rows at all in this step.
 
     Raises:
@@ -42,44 +43,48 @@ class RowCounts:
     """
 
     def __init__(
-        self, emitter: GraphEmitter, group_tokens: str | int, wanted: Sequence[tuple[Axis, Expr]], idle: bool = False
+        self,
+        emitter: GraphEmitter,
+        group_tokens: str | int,
+        wanted: Sequence[tuple[str, Axis, Expr]],
+        idle: bool = False,
     ) -> None:
         self.emitter, self.group_tokens, self.idle = emitter, group_tokens, idle
-        self.wanted: dict[Axis, dict[Expr, None]] = {}
-        for axis, rows in wanted:
-            self.wanted.setdefault(_largest(axis, [a for a, _ in wanted]), {})[rows] = None
-        self.found: dict[tuple[Axis, Expr], Expr] = {}
+        self.wanted: dict[Axis, dict[str, Expr]] = {}
+        for role, axis, rows in wanted:
+            of_role = self.wanted.setdefault(_largest(axis, [a for _, a, _ in wanted]), {})
+            of_role[role] = sympy.Max(of_role.get(role, rows), rows)
+        self.found: dict[str, Expr] = {}
         self.limited: tuple[Expr, ...] = ()
         if isinstance(group_tokens, int):
-            self.limited = tuple(dict.fromkeys(rows for _, rows in wanted))
+            self.limited = tuple(dict.fromkeys(rows for _, _, rows in wanted))
             many = next((rows for rows in self.limited if rows.is_number and rows > group_tokens), None)
             if many is not None:
                 raise CutRefused(f"a step has {many} rows, more than group_tokens={group_tokens}")
 
-    def padded(self, rows: Expr, axis: Axis) -> Expr:
-        """N for R = ``rows`` over ``axis``."""
+    def padded(self, role: str, rows: Expr) -> Expr:
+        """N for a module of ``role`` with R = ``rows``."""
         if isinstance(self.group_tokens, int):
             return sympy.Integer(self.group_tokens)
         if self.group_tokens == EQUAL:
             return rows
-        everyone = _largest(axis, list(self.wanted))
-        if (everyone, rows) not in self.found:
-            self._agree(everyone)
-        return self.found[everyone, rows]
+        if role not in self.found:
+            self._agree(next(axis for axis, roles in self.wanted.items() if role in roles))
+        return self.found[role]
 
     def _agree(self, axis: Axis) -> None:
         """One all-reduce of every number that is asked for over ``axis``."""
-        every, emit = list(self.wanted[axis]), self.emitter
+        every, emit = self.wanted[axis], self.emitter
         like, shape = emit.any_tensor(), (sympy.Integer(len(every)),)
         options = {"dtype": torch.int64, "device": like.device}
-        own = [0 if self.idle else emit.size(rows) for rows in every]
+        own = [0 if self.idle else emit.size(rows) for rows in every.values()]
         ones = [emit.call(aten.full.default, ([1], rows), like, (ONE,), torch.int64, **options) for rows in own]
         counts = ones[0] if len(ones) == 1 else emit.call(aten.cat.default, (ones,), like, shape, torch.int64)
         most = emit.call(c10d.all_reduce.default, (counts, "max", axis.group_name), like, shape, torch.int64)
         most = emit.call(c10d.wait_tensor.default, (most,), like, shape, torch.int64)
-        for index, rows in enumerate(every):
+        for index, role in enumerate(every):
             one = emit.call(aten.select.int, (most, 0, index), like, (), torch.int64)
-            self.found[axis, rows] = emit.new_size(aten._local_scalar_dense.default, (one,))
+            self.found[role] = emit.new_size(aten._local_scalar_dense.default, (one,))
 
 
 def _largest(axis: Axis, axes: Sequence[Axis]) -> Axis:

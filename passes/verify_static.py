@@ -57,11 +57,13 @@ class Proof:
         holds: every output is whole and every value is accounted for.
         failures: the nodes at which it does not, without what only follows from another failure.
         facts: rewritten node name → what it was shown to be, such as ``"Shard(1) of mul_150"``.
+        same: names of the rewritten nodes that were shown to be the same on all ranks.
     """
 
     holds: bool
     failures: tuple[Failure, ...]
     facts: Mapping[str, str]
+    same: frozenset[str] = frozenset()
 
 
 Readings: TypeAlias = tuple[Value, ...]
@@ -99,6 +101,7 @@ class _Prover:
         self.waiting: set[fx.Node] = set()
         self.failures: list[Failure] = []
         self.facts: dict[str, str] = {}
+        self.same: set[str] = set()
 
     def run(self) -> Proof:
         for node in self.gm.graph.nodes:
@@ -107,7 +110,7 @@ class _Prover:
             except Refused as refused:
                 self.failures.append(Failure(node.name, f"{node.name}: {refused}"))
         self.failures += [Failure(name, message) for name, message in self.original.missing(self.numbering, self.gm)]
-        return Proof(not self.failures, tuple(self.failures), self.facts)
+        return Proof(not self.failures, tuple(self.failures), self.facts, frozenset(self.same))
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "output":
@@ -131,6 +134,8 @@ class _Prover:
         found = tuple((*readings, *(v for r in readings for v in self.moves.alike(r))) for readings in found)
         self._check_shapes(node, found)
         self.env[node] = found
+        if all(any(v.whole and not v.partial and self.original.replicated[v.content] for v in r) for r in found):
+            self.same.add(node.name)
         self.facts[node.name] = ", ".join(self.moves.describe(readings[0]) for readings in found)
         return None
 

@@ -1,0 +1,134 @@
+"""Parts of weights that this rank keeps, and the release of the whole weights that they come from.
+
+A part is made once for each parameter and kept for later compilations of the same model, which may come when the whole
+weight is gone. A released parameter keeps its shape and has no memory: writing to it is an error, and so is a call of
+what was compiled after it was given new contents. (Reading it outside of compiled code is not safe: the same holds for
+weights that FSDP has resharded.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, MutableMapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from cpcompile.errors import ParameterChangedError
+
+Key = tuple[object, ...]
+
+
+@dataclass
+class _Entry:
+    """What is known of one parameter.
+
+    Args:
+        parts: how a part was made, and for which ranks → the part.
+        agreed: ranks that are known to hold the same contents.
+        fingerprint: of the contents that were released; empty while they are there.
+        version: of the tensor when its parts were made; contents written later have other parts.
+    """
+
+    parts: dict[Key, torch.Tensor] = field(default_factory=dict)
+    agreed: set[tuple[int, ...]] = field(default_factory=set)
+    fingerprint: str = ""
+    version: tuple[int, int] = (0, 0)
+
+
+_entries: MutableMapping[torch.Tensor, _Entry] = WeakTensorKeyDictionary()
+
+
+def local_tensor(value: object) -> torch.Tensor:
+    """The memory of a parameter on this rank: that inside a DTensor."""
+    assert isinstance(value, torch.Tensor)
+    return value._local_tensor if isinstance(value, DTensor) else value
+
+
+def is_released(tensor: torch.Tensor) -> bool:
+    """Whether a parameter's memory was released."""
+    return tensor.numel() > 0 and tensor.layout == torch.strided and tensor.untyped_storage().nbytes() == 0
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Where the contents of ``tensor`` lie; 0 where they were released."""
+    return 0 if is_released(tensor) else tensor.data_ptr()
+
+
+def released_fingerprint(tensor: torch.Tensor) -> str:
+    """The fingerprint of contents that were released, empty where none were."""
+    return _entries[tensor].fingerprint if is_released(tensor) and tensor in _entries else ""
+
+
+def part_of(tensor: torch.Tensor, key: Key, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The part of ``tensor`` that ``key`` names: the one that exists, or a new one from ``make``.
+
+    Raises:
+        ParameterChangedError: the whole weight was released, and that part of it was never made.
+    """
+    entry = _entry(tensor)
+    if key not in entry.parts:
+        if is_released(tensor):
+            raise ParameterChangedError(
+                "a weight is wanted whole or in other parts after its memory was released: call "
+                "cpcompile.reallocate_weights(model), load the weights again, and compile again"
+            )
+        entry.parts[key] = make(tensor.detach())
+    return entry.parts[key]
+
+
+def agreed(tensor: torch.Tensor, ranks: tuple[int, ...]) -> bool:
+    """Whether ``ranks`` have told each other, in an earlier compilation, that they hold the same contents."""
+    return ranks in _entry(tensor).agreed
+
+
+def note_agreed(tensors: Iterable[torch.Tensor], ranks: tuple[int, ...]) -> None:
+    """Remember that ``ranks`` hold the same contents of ``tensors``."""
+    for tensor in tensors:
+        _entry(tensor).agreed.add(ranks)
+
+
+def release(tensor: torch.Tensor, fingerprint: Callable[[torch.Tensor], str]) -> int:
+    """Release the memory of ``tensor``; return the bytes. A write to it raises from then on.
+
+    Shape, strides and dtype stay, so that guards on it hold.
+    """
+    if is_released(tensor) or tensor.numel() == 0:
+        return 0
+    storage = tensor.untyped_storage()
+    size = storage.nbytes()
+    _entry(tensor).fingerprint = fingerprint(tensor)
+    storage.resize_(0)
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
+    return size
+
+
+def reallocate_weights(model: nn.Module) -> list[str]:
+    """Give the parameters and buffers of ``model`` that were released new memory, to load weights into.
+
+    Their contents are NaN (0 for integers) until then. What was compiled before refuses to run on them: call
+    ``torch._dynamo.reset()`` after loading.
+
+    Returns:
+        Names of what was given memory.
+    """
+    names = []
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        tensor = local_tensor(value)
+        if is_released(tensor):
+            fill = float("nan") if tensor.is_floating_point() else 0
+            with torch.no_grad():
+                tensor.data = torch.full(tensor.shape, fill, dtype=tensor.dtype, device=tensor.device)
+            _entries.pop(tensor, None)
+            names.append(name)
+    return names
+
+
+def _entry(tensor: torch.Tensor) -> _Entry:
+    """The entry of ``tensor``, a new one where its contents were replaced or written since."""
+    now = (address(tensor), 0 if tensor.is_inference() else tensor._version)
+    if tensor not in _entries or (_entries[tensor].version != now and not is_released(tensor)):
+        _entries[tensor] = _Entry(version=now)
+    return _entries[tensor]
