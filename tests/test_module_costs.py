@@ -112,6 +112,16 @@ def test_a_lookup_s_time_knows_nothing_of_the_vocabulary() -> None:
     assert large.saved == 100 * small.saved
 
 
+def test_a_lookup_by_hand() -> None:
+    """Own rows are read, then written: alone as many, in a group those of all ranks, mostly zeros."""
+    cost = at("embedding", 2, 3, model=replace(V3, hidden=4, vocab=8), machine=TOY)
+    row, ids, scattered = 4 * 2, 6 * 8, 6 * 4 * 2
+    moved = 2e-3 + (ids + scattered) * (1 / 2 / 100 + 2 / 200)
+    assert cost.seconds(cost.before) == pytest.approx((3 + 3) * row / 200)
+    assert cost.seconds(cost.after) == pytest.approx((3 + 6) * row / 200 + moved)
+    assert cost.buffers == ids + scattered
+
+
 @pytest.mark.parametrize(("module", "pays"), [("lm_head", True), ("embedding", True), ("mlp", True), ("o_proj", False)])
 @pytest.mark.parametrize("machine", ["ascend-a2", "ascend-a3"])
 def test_verdicts_at_the_published_figures(module: str, pays: bool, machine: str) -> None:
@@ -189,6 +199,7 @@ def test_a_broadcast_costs_what_a_layer_s_work_does_not_hide() -> None:
         ("mlp", 5, 1, None, "expected intermediate size % (tp · mlp) = 0 with intermediate size 18432, tp 1; "
          "nearest that work: mlp 4 or 6"),
         ("o_proj", 8, 1, 12, "expected ranks / tp % o_proj = 0 with ranks 12, tp 1; nearest that work: o_proj 4"),
+        ("o_proj", 8, 4, 16, "expected ranks / tp % o_proj = 0 with ranks 16, tp 4; nearest that work: o_proj 4"),
         ("o_proj", 4, 3, 32, "expected ranks % tp = 0 with ranks 32, tp 3; no size works"),
         ("layer_sharding", 64, 1, None, "expected no more ranks than 61 layers; nearest that work: layer_sharding 61"),
         ("flashcomm2", 3, 16, None, "expected tp % flashcomm2 = 0 with tp 16; nearest that work: flashcomm2 2 or 4"),
