@@ -13,6 +13,8 @@ from cpcompile.comparison import step_cost
 from cpcompile.costs import HardwareProfile, profile
 from cpcompile.layer_costs import ACTIVATION_BYTES, Collective, Work, attention_half, linear
 from cpcompile.model_shapes import ModelShapes
+from cpcompile.module_costs import module_cost
+from cpcompile.module_verdict import CAUTION, WORTH, ModuleCost
 from cpcompile.strategies import KERNELS, Kernels, Step, Strategy
 
 # DeepSeek-V3 and R1; V3.2 adds the indexer (tests hold both against the transformers library's configurations).
@@ -22,15 +24,15 @@ V32 = replace(V3, index_heads=64, index_dim=128, index_topk=2048)
 KIMI = ModelShapes(2304, 7, 1, 26, 32, 0, 512, 128, 64, 128, 9216, 1024, 256, 1, 8, 163840)
 # H20: 148 TFLOP/s dense bf16, 4.0 TB/s, NVLink 450 GB/s per direction, with the factors of cpcompile.costs.
 H20 = HardwareProfile("h20-nvlink", 360e9, 12e-6, 16e-6, 89e12, 3.2e12, "vendor data sheet peak, times 0.6, 0.8, 0.8")
-A3, H200, H100 = profile("ascend-a3"), profile("h200-nvlink"), profile("h100-nvlink")
+A2, A3, H200, H100 = (profile(name) for name in ("ascend-a2", "ascend-a3", "h200-nvlink", "h100-nvlink"))
 EAGER, FUSED = KERNELS["eager"], KERNELS["fused"]
 
 HEADER = """# Calibration of the strategy costs
 
-Made by `python -m bench.calibration`; a test keeps it so. It sets what `cpcompile plan --compare` computes against
-published figures. **No number is fitted to a row**: profiles are data-sheet figures times 0.6 (FLOP/s), 0.8 (memory)
-and 0.8 (link); `eager` kernels are counted passes plus two rates measured apart on one H200; `fused` kernels are
-ideal. So `predicted / published` shows how far to trust the tables: ratios between strategies far more than seconds.
+Made by `python -m bench.calibration`; a test keeps it so. It sets what `cpcompile plan --compare` and `--modules`
+compute against published figures. **No number is fitted to a row**: profiles are data-sheet figures times 0.6 (FLOP/s),
+0.8 (memory) and 0.8 (link); `eager` kernels are counted passes plus two rates measured apart on one H200; `fused`
+kernels are ideal. So `predicted / published` shows how far to trust the tables: ratios far more than seconds.
 
 | row | quantity | published | predicted | predicted / published |
 |---|---|---|---|---|"""
@@ -57,6 +59,18 @@ FOOTER = """
 - **#34059**: Kimi-Linear's MLA layers and experts, chunks of 8,192, contiguous, absorbed attention against
   expanded, H100, fused kernels. The 20 KDA layers are left out of both sides. The sign is right, the loss
   too small: absorbed attention alone has 3.4 times the arithmetic, the rest of the gap is not explained here.
+- **Module groups**: DP32 EP32 on Ascend A2, whose profile has A3's numbers; 24 tokens per rank, the published batch
+  (no draft tokens assumed). Published "GB" are GiB. lm_head and mlp save time by reading fewer weights, as published.
+  **Two published times do not follow from first principles.** Embedding: a lookup reads 24 rows, whatever the table's
+  size, so nothing saves the published 1.0 ms here; computed is what two collectives cost. o_proj over 8: **the computed
+  sign is wrong**. The published loss needs collectives {needed:.2f} times as slow as computed; the computed gain is
+  gone at {slack:.2f} times, and at 48 tokens per rank computed is {draft:+.2f} ms. (Its pull request says +1 ms, and
+  none over 4 ranks; computed there: {four:+.2f} ms.)
+- **Verdicts on module groups**: {verdicts}.
+  They do not follow the computed ms alone but a criterion (`cpcompile/module_verdict.py`) that was written with these
+  rows in view, from figures of others: a gain must survive collectives {caution:g} times as slow as computed, which
+  #10568's above are, and a GB is worth 0.1 ms. o_proj's "no" holds from a factor of {flip:.2f} on and while a GB is
+  worth less than {o_proj:.2f} ms; embedding's "yes" while it is worth more than {embedding:.2f} ms.
 
 ## What cannot be computed
 
@@ -64,6 +78,7 @@ FOOTER = """
 |---|---|
 | cann-recipes V3.2, TPOT < 30 ms | batch size; decode of many requests is not modelled |
 | FlashComm 1, prefill +22–26 % | token count, ranks, model |
+| FlashComm 2, prefill +8 % over FlashComm 1, R1, TP16 | token count, otp |
 | ATOM V4 TP8 → TP4·PCP2; V4 on AMD (#27928) | DeepSeek-V4's attention is not modelled; profile of the machine |
 | vLLM SP without DP (#47070) | token count and machine |
 | vLLM SP auto-enabled (#48656) | model, machine, token count |
@@ -218,9 +233,44 @@ def absorbed_cp() -> Iterator[Row]:
         yield Row(name, f"slower by, {tokens:,}", published, published, took[0] / took[1])
 
 
+def module(name: str, ranks: int = 8, tokens: int = 24) -> ModuleCost:
+    """A module of R1-W8A8 over a group of its own, in decode on Ascend A2."""
+    return module_cost(name, replace(V3, weight_bytes=1), ranks, Step(tokens, A2, FUSED))
+
+
+PUBLISHED_MODULES = {"lm_head": (1.51, -1.2), "embedding": (1.51, -1.0), "o_proj": (5.8, 1.5), "mlp": (0.9, -1.0)}
+"""GiB saved per rank and change of a decode step in ms, groups of 8: vllm-ascend's guide to fine-grained TP."""
+
+
+def module_groups() -> Iterator[Row]:
+    """R1-W8A8, DP32 EP32, batch 24 per rank."""
+    for name, (saved, change) in PUBLISHED_MODULES.items():
+        cost = module(name)
+        yield Row("module groups, R1-W8A8, 32 A2", f"{name} over 8, saved", saved, saved, cost.saved / 2**30, "GiB")
+        yield Row("module groups, R1-W8A8, 32 A2", f"{name} over 8", change, change, 1e3 * cost.change(), "ms")
+
+
+def module_notes() -> dict[str, float | str]:
+    """What the notes on module groups say in numbers."""
+    o_proj = module("o_proj")
+    per_factor = o_proj.change(2.0) - o_proj.change()
+    price = {name: 1e12 * module(name).cautious / module(name).freed for name in ("o_proj", "embedding")}
+    verdicts = [f"{name} {'yes' if module(name).pays else 'no'}" for name in PUBLISHED_MODULES]
+    return {
+        "needed": 1 + (PUBLISHED_MODULES["o_proj"][1] / 1e3 - o_proj.change()) / per_factor,
+        "slack": o_proj.slack,
+        "draft": 1e3 * module("o_proj", tokens=48).change(),
+        "four": 1e3 * module("o_proj", ranks=4).change(),
+        "caution": CAUTION,
+        "flip": 1 + (WORTH * o_proj.freed / 1e9 - o_proj.change()) / per_factor,
+        **price,
+        "verdicts": ", ".join(verdicts),
+    }
+
+
 def rows() -> list[Row]:
     """Every published row that gives enough to compute."""
-    parts = (ascend_cp, scattered_input, dense_layer, sparse_attention_half, ascend_others, absorbed_cp)
+    parts = (ascend_cp, scattered_input, dense_layer, sparse_attention_half, ascend_others, absorbed_cp, module_groups)
     return [row for part in parts for row in part()]
 
 
@@ -240,7 +290,8 @@ def kernel_check() -> dict[str, float]:
 
 def main() -> str:
     """The whole page."""
-    return "\n".join((HEADER, *map(str, rows()), FOOTER.format(fused=fused_zigzag(), **kernel_check()))) + "\n"
+    notes = {"fused": fused_zigzag(), **kernel_check(), **module_notes()}
+    return "\n".join((HEADER, *map(str, rows()), FOOTER.format(**notes))) + "\n"
 
 
 if __name__ == "__main__":

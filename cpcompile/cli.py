@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from cpcompile.cli_groups import groups
+from cpcompile.cli_plan import plan, plan_diff
 from cpcompile.costs import PROFILES
 from cpcompile.errors import CpcompileError
 
@@ -201,50 +202,8 @@ def opt(
     typer.echo(gm.print_readable(print_output=False))
 
 
-@plan_app.callback(invoke_without_command=True)
-@one_line_errors
-def plan(
-    context: typer.Context,
-    config: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A directory with the model's config.json.")
-    ] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks of one model instance.")] = 8,
-    tokens: Annotated[str, typer.Option(metavar="T[,T2...]", help="Token counts of a prefill step.")] = "16384",
-    prefix: Annotated[int, typer.Option(min=0, metavar="K", help="Cached tokens before them.")] = 0,
-    profile: Annotated[str, typer.Option(help=f"Hardware: {', '.join(PROFILES)}.")] = "ascend-a3",
-    kernels: Annotated[str | None, typer.Option(help="eager, fused; else what the hardware's library has.")] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Compare parallel strategies.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
-) -> None:
-    """Compare parallel strategies by their computed cost, or two saved plans."""
-    if context.invoked_subcommand is not None:
-        return
-    from cpcompile.comparison import parse_and_compare
-    from cpcompile.errors import OptionError
-
-    if config is None or not compare:
-        raise OptionError("give --config DIR and --compare, or the command diff: cpcompile plan --help")
-    found = parse_and_compare(config, ranks, tokens, prefix, profile, kernels)
-    if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1))
-    else:
-        console = Console()
-        (console if console.is_terminal else Console(width=240)).print(found)
-
-
-@plan_app.command("diff")
-@one_line_errors
-def plan_diff(first: Path, second: Path) -> None:
-    """Print how two saved plans differ; exit code 1 if they do."""
-    from cpcompile.plan import Plan
-
-    lines = Plan.load(first).diff(Plan.load(second))
-    for line in lines:
-        typer.echo(line)
-    if lines:
-        raise typer.Exit(1)
-
-
+plan_app.callback(invoke_without_command=True)(one_line_errors(plan))
+plan_app.command("diff")(one_line_errors(plan_diff))
 app.command()(one_line_errors(groups))
 
 

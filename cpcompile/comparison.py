@@ -216,6 +216,12 @@ def parse_and_compare(
         OptionError: a token count is no positive integer, or a preset does not exist.
         TraceError: the configuration cannot be read or lacks a key.
     """
+    counts, first = first_step(tokens, prefix, hardware, kernels)
+    return compare(read_shapes(config), ranks, counts, first)
+
+
+def first_step(tokens: str, prefix: int, hardware: str, kernels: str | None) -> tuple[list[int], Step]:
+    """The token counts that ``tokens`` lists, and the step of the first. Raises :class:`OptionError`."""
     machine = profile(hardware)
     if kernels is not None and kernels not in KERNELS:
         raise OptionError(f"unknown kernels {kernels!r}{nearest(kernels, KERNELS)}")
@@ -223,8 +229,8 @@ def parse_and_compare(
     wrong = [c for c in counts if not c.strip().isdecimal() or int(c) < 1]
     if wrong:
         raise OptionError(f"--tokens {tokens!r}: expected positive integers, such as 8192,65536; found {wrong[0]!r}")
-    first = Step(int(counts[0]), machine, KERNELS[kernels] if kernels else default_kernels(machine), prefix)
-    return compare(read_shapes(config), ranks, [int(c) for c in counts], first)
+    found = [int(c) for c in counts]
+    return found, Step(found[0], machine, KERNELS[kernels] if kernels else default_kernels(machine), prefix)
 
 
 def compare(model: ModelShapes, ranks: int, tokens: Sequence[int], step: Step) -> Comparison:

@@ -42,7 +42,8 @@ class Collective:
     """``count`` collectives of one kind over ``ranks`` ranks.
 
     Args:
-        kind: ``all_reduce``, ``reduce_scatter``, ``all_gather`` or ``all_to_all``.
+        kind: ``all_reduce``, ``reduce_scatter``, ``all_gather``, ``all_to_all`` or ``broadcast`` (a pipeline along the
+            ranks, in which all but the last pass the value on).
         what: the value that it moves.
         ranks: size of the group.
         size: bytes of the full value; for ``all_to_all``, of one rank's part.
@@ -224,7 +225,7 @@ def mlp_half(model: ModelShapes, strategy: Strategy, step: Step, moe: bool) -> H
     if moe:
         work += _experts(model, n, rows, t)
     else:
-        work += _gated(model, t, model.intermediate / n, 1)
+        work += gated(model, t, model.intermediate / n, 1)
     if n == 1:
         return Half(tuple(work), ())
     if not strategy.scatter:
@@ -237,7 +238,7 @@ def mlp_half(model: ModelShapes, strategy: Strategy, step: Step, moe: bool) -> H
     return Half(tuple(work), gathered)
 
 
-def _gated(model: ModelShapes, rows: float, inner: float, copies: float) -> Iterable[tuple[str, Work]]:
+def gated(model: ModelShapes, rows: float, inner: float, copies: float) -> Iterable[tuple[str, Work]]:
     """Gate, up and down of ``copies`` MLPs that share ``rows`` rows; only the weights come once per copy."""
     for a, b in ((model.hidden, 2 * inner), (inner, model.hidden)):
         found = linear(model, rows, a, b)
@@ -250,8 +251,8 @@ def _experts(model: ModelShapes, n: int, rows: int, tokens: int) -> Iterable[tup
     own = -(-model.experts // n)
     met = tokens * model.top_experts * own / model.experts
     yield "mlp", linear(model, rows, model.hidden, model.experts)
-    yield from _gated(model, met, model.expert_intermediate, min(own, met))
+    yield from gated(model, met, model.expert_intermediate, min(own, met))
     # tokens sorted by expert and summed back: read and written, twice
     yield "mlp", Work(0.0, 4 * met * model.hidden * ACTIVATION_BYTES)
     if model.shared_experts:
-        yield from _gated(model, tokens, model.shared_experts * model.expert_intermediate / n, 1)
+        yield from gated(model, tokens, model.shared_experts * model.expert_intermediate / n, 1)
