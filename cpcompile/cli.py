@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -119,6 +120,13 @@ def explain(
     sparse_attention: Annotated[
         bool, typer.Option("--sparse-attention", help="Recognise DeepSeek sparse attention.")
     ] = False,
+    modules: Annotated[
+        str, typer.Option(metavar="ROLE=P,...", help="Modules that P replicas share: o_proj, lm_head, embedding, mlp.")
+    ] = "",
+    module: Annotated[
+        list[str],
+        typer.Option(metavar="ROLE=PATTERN", help="Modules of a role, by name instead of dataflow; none=PATTERN."),
+    ] = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     save_plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan there.")] = None,
     verify: Annotated[Verify, typer.Option(help="How rewritten graphs are checked.")] = Verify.static,
@@ -128,14 +136,20 @@ def explain(
     Do not explain a trace from a stranger: loading it can run code.
     """
     from cpcompile.explanation import explain_trace
-    from cpcompile.options import Options
+    from cpcompile.module_report import parse_modules
+    from cpcompile.module_tp import replica_axes
+    from cpcompile.options import MODULE_SIZES, Options, parse_patterns
 
     options: dict[str, Any] = {"strategy": strategy.value, "profile": profile, "verify": verify.value}
     options |= {"layout": layout.value, "require": require, "sparse_attention": sparse_attention}
+    options |= {"modules": parse_patterns(module)}
     Options.parse(options)  # before the minutes that a large model takes
+    sizes = parse_modules(modules, tuple(MODULE_SIZES.values())) if modules else {}
     with _traced(target, axis, rank) as found, _status("placing and proving"):
         declared = (*found.replicated, *replicated)
-        outcome = explain_trace(found.trace, Options.parse({**options, "replicated": declared}), tokens, found.axes)
+        roles = replica_axes(sizes, math.prod(axis.size for axis in found.axes), rank)
+        parsed = Options.parse({**options, "replicated": declared})
+        outcome = explain_trace(found.trace, parsed, tokens, found.axes, roles)
     if save_plan is not None:
         _write(save_plan, outcome.plan.save)
     if as_json:

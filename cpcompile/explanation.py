@@ -61,6 +61,7 @@ class Explanation:
         return Group(
             _collectives(self.report),
             _volume(data["volume"], self.report.tokens),
+            *([_modules(self.report)] if self.report.modules else []),
             _interval_table(self._intervals),
             _passes(self.report),
             *_summary(data),
@@ -96,7 +97,11 @@ def explain(
 
 
 def explain_trace(
-    trace: Trace, options: Options, tokens: int = DEFAULT_TOKENS, axes: Sequence[Axis] | None = None
+    trace: Trace,
+    options: Options,
+    tokens: int = DEFAULT_TOKENS,
+    axes: Sequence[Axis] | None = None,
+    modules: Mapping[str, Axis] | None = None,
 ) -> Explanation:
     """Explain a captured graph, which is canonicalised in place.
 
@@ -105,13 +110,14 @@ def explain_trace(
         options: the user's options.
         tokens: the token count T that decisions are stated for.
         axes: the mesh axes of a trace whose process groups are gone; this process then speaks for all ranks.
+        modules: role → ranks that share such modules, where there are no process groups of them.
     """
 
     def exchange(axis: Axis) -> Exchange:
-        offline = axes is not None or not dist.is_initialized()
+        offline = axes is not None or not dist.is_initialized() or axis in (modules or {}).values()
         return OfflineExchange(axis.size, axis.rank) if offline else exchange_for(axis, options.timeout_s)
 
-    return Explanation(compile_graph(trace.gm, trace.inputs, options, exchange, axes), tokens, trace.seconds)
+    return Explanation(compile_graph(trace.gm, trace.inputs, options, exchange, axes, modules), tokens, trace.seconds)
 
 
 def _intervals(compiled: Compiled) -> Iterator[dict[str, Any]]:
@@ -179,6 +185,24 @@ def _interval_table(intervals: Sequence[Mapping[str, Any]]) -> Table:
         gap = i["cost_s"] - i["bound_s"]
         certificate = "optimal" if gap <= 0 else f"within {100 * gap / i['cost_s']:.2g} % of the bound"
         table.add_row(*(Text(cell) for cell in (span, i["axis"], counts, cost, i["solver"], certificate)))
+    return table
+
+
+def _modules(report: Report) -> Table:
+    table = Table(title="Modules", title_justify="left")
+    for heading in ("module", "role", "ranks", "decision"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("weights before", "after"):
+        table.add_column(heading, justify="right", overflow="fold")
+    for heading in ("collectives", "reason"):
+        table.add_column(heading, overflow="fold")
+    for row in report.modules:
+        sizes = [
+            f"{size / 2**20:,.1f} MiB" if row.decision == "share" else ""
+            for size in (row.bytes_before, row.bytes_after)
+        ]
+        cells = (row.module, row.role, f"{row.ranks} ({row.axis})", row.decision, *sizes, row.collectives, row.reason)
+        table.add_row(*(Text(cell) for cell in cells))
     return table
 
 

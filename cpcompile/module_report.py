@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,13 +122,13 @@ def _shown(runs: tuple[tuple[int, int], ...]) -> str:
     return ", ".join(texts) or "none"
 
 
-def parse_modules(text: str) -> dict[str, int]:
+def parse_modules(text: str, known: Collection[str] = MODULES) -> dict[str, int]:
     """``"o_proj=8,mlp=8"`` as module to size. Raises :class:`OptionError`."""
     found: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = (word.strip() for word in part.partition("="))
-        if name not in MODULES:
-            raise OptionError(f"--modules: unknown module {name!r}{nearest(name, MODULES)}")
+        if name not in known:
+            raise OptionError(f"--modules: unknown module {name!r}{nearest(name, known)}")
         if not size.isdecimal() or int(size) < 1:
             raise OptionError(f"--modules: {name}: expected a size of at least 1, such as {name}=8; found {size!r}")
         if name in found:

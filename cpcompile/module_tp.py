@@ -60,6 +60,18 @@ def _axis(groups: object, kind: str, size: int, key: str) -> Axis:
     return axis
 
 
+def replica_axes(sizes: Mapping[str, int], ranks: int, rank: int) -> dict[str, Axis]:
+    """Role → the ranks that share such modules where replicas of ``ranks`` ranks each do, as there are no real ones.
+
+    Args:
+        sizes: role → replicas.
+        ranks: ranks of one replica.
+        rank: this rank of the first replica.
+    """
+    members = {role: tuple(rank + replica * ranks for replica in range(size)) for role, size in sizes.items()}
+    return {r: Axis(f"{len(m)} replicas", f"{len(m)} replicas", len(m), 0, m) for r, m in members.items() if len(m) > 1}
+
+
 @dataclass
 class Sharing:
     """What module tensor parallelism makes of a graph.
@@ -141,12 +153,14 @@ def share(
     """
     found, refusals = find_modules(canonical, roles, options.modules)
     places = {n.name: given for n, given in zip(canonical.graph.find_nodes(op="placeholder"), inputs, strict=True)}
-    sharing, candidates = Sharing(refusals=refusals), []
+    sharing, candidates = Sharing(refusals=refusals), list[_Candidate]()
     for module in found:
         axis = roles[module.role]
         unequal = not any(_inside(axis, tokens) for tokens in token_axes)
         wanted = SharedModule(module.role, module.name, tuple(n.name for n in module.nodes), axis, unequal)
         try:
+            if options.deterministic:
+                raise CutRefused("deterministic=True keeps every reduction order")
             cuts, *_ = [cuts_of(gm, wanted).inputs() for gm, _ in variants]
             _check_weights(places, cuts)
         except CutRefused as refused:
@@ -233,7 +247,7 @@ def _check_same_modules(mine: Sequence[_Candidate], axis: Axis, exchange: Exchan
 
 def _facts(given: Sequence[GraphInput], axis: Axis, exchange: Exchange, options: Options) -> list[InputFact]:
     """Whether the weights are the same on all ranks of ``axis``: of a DTensor, what lies on each rank."""
-    values = [local_tensor(g.value) if _is_real(g.value) else g.value for g in given]
+    values = [local_tensor(g.value) for g in given]
     return input_facts(
         [g.name for g in given], values, [g.kind for g in given], axis, exchange, declared=options.replicated
     )

@@ -149,6 +149,17 @@ class Options:
         return parsed
 
 
+def parse_patterns(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """``["mlp=a.*", "mlp=b"]`` as role to patterns. Raises :class:`OptionError`."""
+    found: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        role, equals, pattern = (part.strip() for part in text.partition("="))
+        if not (role and equals and pattern):
+            raise OptionError(f"--module: expected ROLE=PATTERN, such as mlp=model.layers.0.mlp; found {text!r}")
+        found[role] = (*found.get(role, ()), pattern)
+    return found
+
+
 def _check_kind(name: str, value: Any) -> None:
     kinds, wanted = KINDS.get(name, ((object,), ""))
     good = isinstance(value, kinds)

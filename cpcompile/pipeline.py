@@ -367,8 +367,7 @@ def _share(
     graphs = [(variant.gm, variant.same) for variant in variants]
     sharing = runner.run("share-modules", share, gm, graphs, inputs, roles, result.axes, options, exchange_for)
     runner.runs[-1] = replace(runner.runs[-1], rewrites=len(sharing.modules))
-    failure = "deterministic=True keeps every reduction order" if options.deterministic else ""
-    failure = sharing.settle(failure, exchange_for)
+    failure = sharing.settle("", exchange_for)
     if failure:
         log.warning("cpcompile: no module is shared: %s", failure)
         sharing = sharing.refused(failure)

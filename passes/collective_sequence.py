@@ -9,20 +9,25 @@ whether its operands divide: :mod:`cpcompile.passes.lockstep` does.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import sympy
 import torch
 import torch.fx as fx
 from torch import SymInt
 
 from cpcompile.errors import nearest
-from cpcompile.passes.collectives import arguments
+from cpcompile.passes.collectives import arguments, op_name
 from cpcompile.passes.lockstep import LockstepError, collective_trace
 from cpcompile.passes.lockstep_collectives import ALL_TO_ALL, REDUCTIONS
 from cpcompile.passes.token_layout import Expr, shape_of, size_expr
 
 Groups = Mapping[str, tuple[int, ...]]
+
+# Collectives whose results are the same on all ranks of the group.
+_GIVES_ALL_ALIKE = frozenset(f"_c10d_functional::{n}" for n in ("all_reduce", "all_gather_into_tensor", "broadcast"))
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class OrderProof:
         collectives: how many met, each counted once for all its ranks.
         failures: why not, one line each: ranks, nodes, what was expected and what was found.
         assumed: ``(symbol, ranks)``: sizes of operands that the proof takes to be equal on those ranks at every call,
-            such as the rows of ranks along DP. Whoever calls the graphs must see to it, by padding.
+            such as the rows of ranks along DP. Whoever calls the graphs must see to it, by padding. Sizes that the
+            ranks read from a result that all of them have (an all-reduce of their rows) need no assumption.
     """
 
     collectives: int
@@ -86,23 +92,60 @@ def check_collective_order(graphs: Sequence[fx.GraphModule], groups: Sequence[Gr
         except LockstepError as error:
             failures.append(f"rank {rank}: {error}")
             continue
-        sequences.append([_issue(rank, nodes[name], kind, known.get(group), group) for kind, group, name in trace])
+        alike = _alike(gm, [(nodes[name], known.get(group)) for _, group, name in trace])
+        sequences.append(
+            [_issue(rank, nodes[name], kind, known.get(group), group, alike) for kind, group, name in trace]
+        )
     failures += [line for sequence in sequences for issue in sequence for line in _alone(issue, len(graphs), groups)]
     return OrderProof(0, tuple(failures)) if failures else _match(sequences)
 
 
-def _issue(rank: int, node: fx.Node, kind: str, members: tuple[int, ...] | None, group: str) -> Issue:
+def _alike(gm: fx.GraphModule, issued: Sequence[tuple[fx.Node, tuple[int, ...] | None]]) -> dict[Expr, Expr]:
+    """Sizes that are read from what a collective gives all its ranks alike, by names that all its ranks give them."""
+    names, counts = {}, Counter[tuple[int, ...]]()
+    for node, members in issued:
+        counts[members or ()] += 1
+        if op_name(node.target) in _GIVES_ALL_ALIKE:
+            names[node] = f"{op_name(node.target)} {counts[members or ()]} of {members}"
+    found = {}
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten._local_scalar_dense.default):
+        path, source = "", node.args[0]
+        while isinstance(source, fx.Node) and op_name(source.target) in (
+            "aten::select",
+            "_c10d_functional::wait_tensor",
+        ):
+            path = f"{list(source.args[1:])}{path}" if op_name(source.target) == "aten::select" else path
+            source = source.args[0]
+        value = node.meta.get("val")
+        if source in names and isinstance(value, SymInt):
+            found[value.node.expr] = sympy.Symbol(f"{names[source]}{path}", integer=True, nonnegative=True)
+    return found
+
+
+def _issue(
+    rank: int, node: fx.Node, kind: str, members: tuple[int, ...] | None, group: str, alike: Mapping[Expr, Expr]
+) -> Issue:
     given = arguments(node)
     operands = next(iter(given.values()))
     values = [_value(o) for o in (operands if isinstance(operands, (list, tuple)) else [operands])]
-    sends, receives = (_sizes(given.get(f"{way}_split_sizes", ())) for way in ("input", "output"))
-    tensors = [_described(v, node.target is ALL_TO_ALL) for v in values]
-    shown = [size for v in values if v is not None for size in shape_of(v)[node.target is ALL_TO_ALL :]]
-    symbols = {str(symbol) for size in (*shown, *sends, *receives) if size is not None for symbol in size.free_symbols}
+    sends, receives = (_sizes(given.get(f"{way}_split_sizes", ()), alike) for way in ("input", "output"))
+    shapes = [None if v is None else [size.xreplace(alike) for size in shape_of(v)] for v in values]
+    free = node.target is ALL_TO_ALL
+    tensors = [_described(v, shape, free) for v, shape in zip(values, shapes, strict=True)]
+    shown = [size for shape in shapes if shape is not None for size in shape[free:]]
+    symbols = {s for size in (*shown, *sends, *receives) if size is not None for s in size.free_symbols}
     facets = [("kind", kind), *((key, str(given[key])) for key in ("reduce_op", "src", "group_size") if key in given)]
     facets += [("dtype", ", ".join(d for d, _ in tensors)), ("shape", ", ".join(s for _, s in tensors))]
     return Issue(
-        rank, node.name, kind, group, tuple(members or ()), tuple(facets), sends, receives, tuple(sorted(symbols))
+        rank,
+        node.name,
+        kind,
+        group,
+        tuple(members or ()),
+        tuple(facets),
+        sends,
+        receives,
+        tuple(sorted(str(symbol) for symbol in symbols - set(alike.values()))),
     )
 
 
@@ -111,18 +154,18 @@ def _value(operand: object) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _described(value: torch.Tensor | None, free: bool) -> tuple[str, str]:
+def _described(value: torch.Tensor | None, shape: Sequence[Expr] | None, free: bool) -> tuple[str, str]:
     """Type and shape of an operand; of an all-to-all without dim 0, which each rank has its own of."""
-    if value is None:
+    if value is None or shape is None:
         return "unknown", "unknown"
-    sizes = [str(size) for size in shape_of(value)]
+    sizes = [str(size) for size in shape]
     return str(value.dtype).removeprefix("torch."), f"[{', '.join(['*', *sizes[1:]] if free else sizes)}]"
 
 
-def _sizes(sizes: Sequence[object]) -> tuple[Expr | None, ...]:
+def _sizes(sizes: Sequence[object], alike: Mapping[Expr, Expr]) -> tuple[Expr | None, ...]:
     """Split sizes; None for one that the graph does not tell."""
     values = (size.meta.get("val") if isinstance(size, fx.Node) else size for size in sizes)
-    return tuple(size_expr(v) if isinstance(v, (int, SymInt)) else None for v in values)
+    return tuple(size_expr(v).xreplace(alike) if isinstance(v, (int, SymInt)) else None for v in values)
 
 
 def _alone(issue: Issue, world: int, groups: Sequence[Groups]) -> Iterator[str]:

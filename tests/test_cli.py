@@ -76,7 +76,7 @@ def test_a_function_and_its_trace_explain_the_same(trace, tmp_path):
 def test_json_has_every_key(trace):
     data = explained(trace)
     assert set(data) == {
-        "tokens", "axes", "graph", "collectives", "volume", "solver", "passes", "verify", "intervals", "capture",
+        "tokens", "axes", "graph", "collectives", "volume", "modules", "solver", "passes", "verify", "intervals", "capture",
     }  # fmt: skip
     assert data["axes"] == [{"name": "tp", "size": 4, "rank": 1, "refused": ""}]
     assert data["graph"]["nodes_after"] != data["graph"]["nodes_before"] > 0
@@ -269,3 +269,12 @@ def test_version():
     from importlib.metadata import version
 
     assert run("--version").stdout == f"{version('cpcompile')}\n"
+
+
+def test_modules_that_replicas_share(trace):
+    """The toy model has an embedding and no attention."""
+    data = explained(trace, "--modules", "embedding=4,o_proj=2")
+    assert [(r["role"], r["ranks"], r["decision"]) for r in data["modules"]] == [("embedding", 4, "share")]
+    assert data["modules"][0]["bytes_before"] == 4 * data["modules"][0]["bytes_after"] > 0
+    result = run("explain", trace, "--modules", "oproj=4")
+    assert result.exit_code == 2 and "did you mean 'o_proj'" in result.stderr
