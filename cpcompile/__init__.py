@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cpcompile.errors import CpcompileError
     from cpcompile.explanation import explain
+    from cpcompile.idle import idle_step
     from cpcompile.options import Options
     from cpcompile.plan import Plan
+    from cpcompile.weights import reallocate_weights
 
 _HOMES = {
     "CpcompileError": "cpcompile.errors",
     "Options": "cpcompile.options",
     "Plan": "cpcompile.plan",
     "explain": "cpcompile.explanation",
+    "idle_step": "cpcompile.idle",
+    "reallocate_weights": "cpcompile.weights",
 }
-__all__ = ["CpcompileError", "Options", "Plan", "explain"]
+__all__ = ["CpcompileError", "Options", "Plan", "explain", "idle_step", "reallocate_weights"]
 
 
 def __getattr__(name: str) -> Any:

@@ -83,7 +83,7 @@ class Sharing:
         graphs: one graph per variant.
         rows: what became of every module, for the report.
         refusals: places that were looked at and left alone.
-        new: ranks that have not agreed on these weights before, with this rank's weights.
+        new: ranks that have not compared these weights before: each weight, and why it is not shared, if it is not.
         idle: what a rank without tokens runs; None where ranks never differ in their numbers of tokens.
         not_idle: why a rank cannot be without tokens, empty if it can.
     """
@@ -94,7 +94,7 @@ class Sharing:
     graphs: list[SharedGraph] = field(default_factory=list)
     rows: list[ModuleRow] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
-    new: dict[Axis, list[torch.Tensor]] = field(default_factory=dict)
+    new: dict[Axis, list[tuple[torch.Tensor, str]]] = field(default_factory=dict)
     idle: fx.GraphModule | None = None
     not_idle: str = ""
 
@@ -109,9 +109,9 @@ class Sharing:
             failure = next((f"rank {r} of {axis.name}: {o}" for r, o in enumerate(outcomes) if o), "")
         if failure and not self.new and self.modules:
             raise VerificationError(f"{failure}; other ranks share these weights already, so that they cannot be whole")
-        for axis, tensors in self.new.items():
-            if not failure:
-                weights.note_agreed(tensors, axis.ranks)
+        for axis, compared in self.new.items():
+            for tensor, reason in compared:
+                weights.note_verdict(tensor, axis.ranks, reason or failure)
         return failure
 
     def refused(self, reason: str) -> Sharing:
@@ -216,18 +216,20 @@ def _differing(
     for axis in dict.fromkeys(candidate.module.axis for candidate in candidates):
         mine = [c for c in candidates if c.module.axis == axis]
         given = [places[name] for c in mine for name in c.inputs]
-        tensors = [local_tensor(g.value) for g in given if _is_real(g.value)]
-        if tensors and all(weights.agreed(tensor, axis.ranks) for tensor in tensors):
-            continue
-        sharing.new[axis] = tensors
-        exchange = exchange_for(axis)
-        _check_same_modules(mine, axis, exchange)
-        facts = iter(_facts(given, axis, exchange, options))
+        verdicts = [weights.verdict(local_tensor(g.value), axis.ranks) if _is_real(g.value) else None for g in given]
+        if None in verdicts:
+            exchange = exchange_for(axis)
+            _check_same_modules(mine, axis, exchange)
+            facts = _facts(given, axis, exchange, options)
+            why = f"ranks {list(axis.ranks)} may hold different"
+            verdicts = ["" if fact.replicated else f"{why} {fact.name}: {fact.source}" for fact in facts]
+            compared = zip(given, verdicts, strict=True)
+            sharing.new[axis] = [(local_tensor(g.value), str(v)) for g, v in compared if _is_real(g.value)]
+        told = iter(verdicts)
         for candidate in mine:
-            different = [fact for fact in (next(facts) for _ in candidate.inputs) if not fact.replicated]
-            if different:
-                ranks = list(axis.ranks)
-                found[candidate.module] = f"ranks {ranks} may hold different {different[0].name}: {different[0].source}"
+            reasons = [reason for reason in [next(told) for _ in candidate.inputs] if reason]
+            if reasons:
+                found[candidate.module] = reasons[0]
     return found
 
 

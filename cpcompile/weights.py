@@ -8,7 +8,7 @@ weights that FSDP has resharded.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 
 import torch
@@ -27,13 +27,13 @@ class _Entry:
 
     Args:
         parts: how a part was made, and for which ranks → the part.
-        agreed: ranks that are known to hold the same contents.
+        verdicts: ranks that have compared their contents → why they are not shared, empty where they may be.
         fingerprint: of the contents that were released; empty while they are there.
         version: of the tensor when its parts were made; contents written later have other parts.
     """
 
     parts: dict[Key, torch.Tensor] = field(default_factory=dict)
-    agreed: set[tuple[int, ...]] = field(default_factory=set)
+    verdicts: dict[tuple[int, ...], str] = field(default_factory=dict)
     fingerprint: str = ""
     version: tuple[int, int] = (0, 0)
 
@@ -79,15 +79,14 @@ def part_of(tensor: torch.Tensor, key: Key, make: Callable[[torch.Tensor], torch
     return entry.parts[key]
 
 
-def agreed(tensor: torch.Tensor, ranks: tuple[int, ...]) -> bool:
-    """Whether ``ranks`` have told each other, in an earlier compilation, that they hold the same contents."""
-    return ranks in _entry(tensor).agreed
+def verdict(tensor: torch.Tensor, ranks: tuple[int, ...]) -> str | None:
+    """What ``ranks`` found out in an earlier compilation: why they do not share ``tensor``, or ``""`` if they may."""
+    return _entry(tensor).verdicts.get(ranks)
 
 
-def note_agreed(tensors: Iterable[torch.Tensor], ranks: tuple[int, ...]) -> None:
-    """Remember that ``ranks`` hold the same contents of ``tensors``."""
-    for tensor in tensors:
-        _entry(tensor).agreed.add(ranks)
+def note_verdict(tensor: torch.Tensor, ranks: tuple[int, ...], reason: str) -> None:
+    """Remember what ``ranks`` found out about ``tensor``, all of them alike."""
+    _entry(tensor).verdicts[ranks] = reason
 
 
 def release(tensor: torch.Tensor, fingerprint: Callable[[torch.Tensor], str]) -> int:

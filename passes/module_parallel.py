@@ -218,8 +218,9 @@ class _Builder:
             self.axes.update(dict.fromkeys(found.inputs(), module.axis))
             self.module_of.update(dict.fromkeys(mine, module))
             if module.role == "mlp":
-                middle = between(mine[-1].all_input_nodes[0], mine) or ()
-                self.between.update(dict.fromkeys(middle, module))
+                down = product_of(mine[-1])
+                assert down is not None
+                self.between.update(dict.fromkeys(between(down.rows, mine) or (), module))
         wanted = [(m.role, m.axis, _rows_of(node)) for node, m in self.module_of.items() if m.unequal]
         self.rows = RowCounts(self.emitter, group_tokens, wanted, idle)
 

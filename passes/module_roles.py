@@ -101,7 +101,7 @@ class _Graph:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.nodes = list(gm.graph.nodes)
         self.products = {n: p for n in self.nodes if (p := product_of(n)) is not None and is_weight(p.weight)}
-        self.attention = {p: seen for p in self.products.values() if (seen := self._behind_attention(p))}
+        self.attention = self._behind_attention()
 
     def embeddings(self) -> Iterable[Module]:
         for node in self.nodes:
@@ -152,19 +152,21 @@ class _Graph:
             Module("mlp", _name(down.node).rpartition(".")[0] or down.node.name, (*first, down.node)) if first else None
         )
 
-    def _behind_attention(self, product: Product) -> bool:
-        """Whether a result of attention reaches the product's rows through nothing that has a weight of two dims."""
-        pending, seen = [product.rows], set[fx.Node]()
-        while pending:
-            node = pending.pop()
-            if node in seen or node.op != "call_function" or node in self.products or _is_norm(node):
-                continue
-            seen.add(node)
+    def _behind_attention(self) -> set[Product]:
+        """The products that read what attention found before any other product has."""
+        fresh, read, found = set[fx.Node](), set[fx.Node](), set[Product]()
+        for node in self.nodes:
+            product = self.products.get(node)
             if is_attention(node):
-                return True
-            if op_name(node.target) not in ("aten::embedding", "aten::topk"):
-                pending += node.all_input_nodes
-        return False
+                fresh.add(node)
+            elif product is not None and product.rows in fresh:
+                found.add(product)
+                read.add(node)
+            elif any(n in read for n in node.all_input_nodes):
+                read.add(node)
+            elif product is None and any(n in fresh for n in node.all_input_nodes):
+                fresh.add(node)
+        return found
 
     def _gated(self, down: Product) -> tuple[fx.Node, ...]:
         """The products that an activation and nothing but elementwise ops lie between and ``down``; none if not so."""
@@ -253,11 +255,6 @@ def _unquantised(node: fx.Node) -> fx.Node:
     while narrow and op_name(node.target) in _QUANTISING | VIEWS:
         node = node.all_input_nodes[0]
     return node
-
-
-def _is_norm(node: fx.Node) -> bool:
-    name = op_name(node.target)
-    return name == "aten::rsqrt" or "rms_norm" in name or "layer_norm" in name
 
 
 def _only_output(node: fx.Node) -> bool:

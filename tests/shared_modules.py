@@ -8,6 +8,7 @@ from typing import Any
 
 import models
 import torch
+import torch.fx as fx
 from simulate import real_inputs
 
 from cpcompile.axes import Axis
@@ -39,8 +40,12 @@ def trace_of(kind: str, layers: int = 3) -> Trace:
     return capture(model(kind, layers), input_ids=torch.zeros((1, 10), dtype=torch.long), use_cache=False)
 
 
-def ids_of(tokens: int) -> torch.Tensor:
-    return torch.randint(0, models.TINY["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(tokens))
+def ids_of(tokens: int, vocabulary: int = models.TINY["vocab_size"]) -> torch.Tensor:
+    return torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+
+
+def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    return list(gm.graph.find_nodes(op="placeholder"))
 
 
 def run(
@@ -49,18 +54,19 @@ def run(
     group_tokens: str | int,
     change: Callable[[int, Any], Any] = lambda rank, gm: gm,
     roles: Sequence[str] = ROLES,
+    vocabulary: int = models.TINY["vocab_size"],
 ) -> list[Any]:
     """What every rank returns for its own number of tokens; None on those that have none. ``change`` seeds faults."""
     programs = []
-    names = [n.name for n in trace.gm.graph.find_nodes(op="placeholder")]
+    names = [n.name for n in placeholders(trace.gm)]
     for rank, tokens in enumerate(counts):
         axis = group_of(len(counts), rank)
         modules = shared(trace, axis, group_tokens != "equal", roles)
         graph = share_modules(trace.gm, modules, group_tokens)
-        values = dict(zip(names, real_inputs(trace, ids_of(tokens)), strict=True))
+        values = dict(zip(names, real_inputs(trace, ids_of(tokens, vocabulary)), strict=True))
         values.update({n: cut_tensor(values[n], cut, rank) for n, cut in graph.cuts.items()})
         gm = graph.gm if tokens else idle_graph(trace.gm, modules, group_tokens)
-        inputs = [values[n.name] for n in gm.graph.find_nodes(op="placeholder")]
+        inputs = [values[n.name] for n in placeholders(gm)]
         programs.append(RankProgram(change(rank, gm), inputs, {GROUP: axis.ranks}))
     outputs: list[Any] = run_lockstep(programs)
     return [output[0] if tokens else None for output, tokens in zip(outputs, counts, strict=True)]

@@ -76,7 +76,8 @@ def test_a_function_and_its_trace_explain_the_same(trace, tmp_path):
 def test_json_has_every_key(trace):
     data = explained(trace)
     assert set(data) == {
-        "tokens", "axes", "graph", "collectives", "volume", "modules", "solver", "passes", "verify", "intervals", "capture",
+        "tokens", "axes", "graph", "collectives", "volume", "solver", "passes", "verify", "intervals", "capture",
+        "modules",
     }  # fmt: skip
     assert data["axes"] == [{"name": "tp", "size": 4, "rank": 1, "refused": ""}]
     assert data["graph"]["nodes_after"] != data["graph"]["nodes_before"] > 0

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from shared_modules import group_of, ids_of, model, run, shared, trace_of
+from shared_modules import group_of, ids_of, model, placeholders, run, shared, trace_of
+from small_modules import VOCAB, small, trace_of_small
 
-from cpcompile.passes.module_parallel import share_modules
+from cpcompile.capture import capture
+from cpcompile.passes.module_parallel import cuts_of, share_modules
 from cpcompile.passes.weight_cuts import CutRefused
 
 TOLERANCE = 2e-5
@@ -72,3 +74,63 @@ def test_a_vocabulary_that_does_not_divide() -> None:
     trace = trace_of("v3")
     with pytest.raises(CutRefused, match="has 96 elements, which 5 does not divide"):
         share_modules(trace.gm, shared(trace, group_of(5, 0), roles=["embedding"]))
+
+
+@pytest.mark.parametrize("quantised", ["", "weights", "both"])
+@pytest.mark.parametrize("counts", [[20, 18], [0, 19, 24, 17]])
+def test_biases_halves_and_scales(quantised: str, counts: list[int]) -> None:
+    """A bias is added once, gate and up lie side by side in one weight, scales are cut with what they scale."""
+    trace = trace_of_small(quantised)
+    found = [m.role for m in shared(trace, group_of(2, 0))]
+    assert found == ["embedding", "o_proj", "mlp", "lm_head"]
+    for tokens, logits in zip(counts, run(trace, counts, "exchange", vocabulary=VOCAB), strict=True):
+        if tokens:
+            with torch.no_grad():
+                expected = small(quantised)(ids_of(tokens, VOCAB))
+            assert (logits - expected).norm() <= TOLERANCE * expected.norm()
+
+
+def test_what_is_cut_of_quantised_weights() -> None:
+    """Columns of a scaled weight take their scales along; rows share the scales of all columns."""
+    trace = trace_of_small("weights")
+    names = {n.name: given.name for n, given in zip(placeholders(trace.gm), trace.inputs, strict=True)}
+    graph = share_modules(trace.gm, shared(trace, group_of(2, 0), roles=["o_proj", "lm_head"]), "exchange")
+    assert {names[n]: cut.dim for n, cut in graph.cuts.items()} == {
+        "o_proj.weight": 1, "lm_head.weight": 0, "lm_head.scale": 0,
+    }  # fmt: skip
+
+
+def test_activations_that_are_quantised_between_the_products_of_an_mlp() -> None:
+    """A scale per token is a maximum over all columns, which no rank has: the MLP stays whole."""
+
+    class Mlp(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = (torch.nn.Linear(32, 32, bias=False) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inner = torch.nn.functional.silu(self.gate(x)) * self.up(x)
+            step = inner.abs().amax(-1, keepdim=True) / 127
+            return x + self.down(torch.round(inner / step) * step)
+
+    trace = capture(Mlp(), torch.zeros(20, 32))
+    assert not shared(trace, group_of(2, 0), roles=["mlp"])
+
+
+def test_two_readers_of_a_weight() -> None:
+    """lm_head and embedding are one weight: both cut its vocabulary, over the same ranks; o_proj's reader needs all."""
+
+    class Tied(torch.nn.Module):
+        def __init__(self, also: bool) -> None:
+            super().__init__()
+            self.table, self.also = torch.nn.Parameter(torch.randn(VOCAB, 32)), also
+
+        def forward(self, ids: torch.Tensor) -> Any:
+            x = torch.nn.functional.embedding(ids, self.table)
+            logits = torch.nn.functional.linear(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)), self.table)
+            return (logits, self.table.sum()) if self.also else logits
+
+    trace = capture(Tied(False), torch.zeros((1, 10), dtype=torch.long))
+    for module in shared(trace, group_of(2, 0)):
+        with pytest.raises(CutRefused, match="is also read by"):
+            cuts_of(trace.gm, module)
