@@ -1,0 +1,24 @@
+"""From the pipeline's graph to one that torchair can convert: the passes that every target on Ascend runs, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch.fx as fx
+
+from cpcompile.passes.base import GraphPass, PassResult
+from cpcompile.passes.ge_forms import GeForms
+from cpcompile.passes.npu_attention import NpuAttention
+from cpcompile.passes.npu_routed_experts import NpuRoutedExperts
+from cpcompile.passes.paged_keys import PagedKeys
+
+
+def ascend_passes() -> list[GraphPass]:
+    """The passes, in order."""
+    return [PagedKeys(), NpuAttention(), NpuRoutedExperts(), GeForms()]
+
+
+def to_ascend(gm: fx.GraphModule) -> Iterator[tuple[str, PassResult]]:
+    """Run the passes on ``gm`` in place; yields the name and outcome of each. torch_npu's ops must be there."""
+    for each in ascend_passes():
+        yield each.name, each(gm)
