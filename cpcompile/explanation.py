@@ -107,11 +107,17 @@ def explain_trace(
         axes: the mesh axes of a trace whose process groups are gone; this process then speaks for all ranks.
     """
 
+    return Explanation(compile_trace(trace, options, axes), tokens, trace.seconds)
+
+
+def compile_trace(trace: Trace, options: Options, axes: Sequence[Axis] | None = None) -> Compiled:
+    """Run the pipeline on a captured graph: see :func:`explain_trace` for the arguments."""
+
     def exchange(axis: Axis) -> Exchange:
         offline = axes is not None or not dist.is_initialized()
         return OfflineExchange(axis.size, axis.rank) if offline else exchange_for(axis, options.timeout_s)
 
-    return Explanation(compile_graph(trace.gm, trace.inputs, options, exchange, axes), tokens, trace.seconds)
+    return compile_graph(trace.gm, trace.inputs, options, exchange, axes)
 
 
 def _intervals(compiled: Compiled) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from cpcompile.errors import AscendError
 from cpcompile.lowering.ascend.installation import find, import_torchair
+from cpcompile.lowering.used_inputs import used_inputs
 from cpcompile.passes.describe import module_of
 
 
@@ -46,10 +47,12 @@ class Converted:
 
     Args:
         concrete: torchair's ``GeConcreteGraph``; its ``graph`` is the protobuf message.
+        used: the traced graph's inputs that it was made of, by number.
         unsupported: what has no place in it.
     """
 
-    concrete: Any
+    concrete: Any = None
+    used: list[int] = field(default_factory=list)
     unsupported: list[Unsupported] = field(default_factory=list)
 
 
@@ -64,38 +67,38 @@ def convert(gm: fx.GraphModule, config: Any = None) -> Converted:
         AscendError: torch_npu is missing or does not fit.
     """
     torchair = import_torchair("ge-export", device=False)
-    moved, inputs = off_host(gm)
+    values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
+    moved, used = used_inputs(gm, values)
+    to_device(moved, _OFF_HOST)
+    inputs = [_input(values[index]) for index in used]
     mode = next((v.fake_mode for v in inputs if isinstance(v, FakeTensor)), None)
-    result = Converted(None)
+    result = Converted(used=used)
     with contextlib.ExitStack() as stack:
         stack.enter_context(tracing(TracingContext(mode)))
         stack.enter_context(_without_engine())
-        stack.enter_context(_collecting(result.unsupported))
-        result.concrete = torchair.get_compiler(config or torchair.CompilerConfig())(moved, inputs).runner
+        stack.enter_context(collecting(result.unsupported))
+        compiler = torchair.get_compiler(config if config is not None else torchair.CompilerConfig())
+        result.concrete = compiler(moved, inputs).runner
     return result
 
 
-def off_host(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Any]]:
-    """A copy of ``gm`` with no tensor on the host, and its fake inputs: torchair takes those for the device's.
+# Fake tensors that torchair takes for the device's: any but the host's. PyTorch guards those on ``npu`` by calling it.
+_OFF_HOST = torch.device("meta")
 
-    They are on ``meta``, as PyTorch guards fake tensors on ``npu`` with calls of the device.
-    """
-    device = torch.device("meta")
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    moved = fx.GraphModule(gm, graph)
-    for node in graph.nodes:
+
+def to_device(gm: fx.GraphModule, device: torch.device) -> None:
+    """Let every tensor that ``gm`` makes be made on ``device``."""
+    for node in gm.graph.nodes:
         if "device" in node.kwargs:
             node.kwargs = {**node.kwargs, "device": device}
-    moved.recompile()
-    return moved, [_input(node.meta.get("val"), device) for node in graph.find_nodes(op="placeholder")]
+    gm.recompile()
 
 
-def _input(value: Any, device: torch.device) -> Any:
+def _input(value: Any) -> Any:
     if not isinstance(value, FakeTensor):
         return value
     with value.fake_mode:
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_OFF_HOST)
 
 
 @contextmanager
@@ -115,7 +118,7 @@ def _without_engine() -> Iterator[None]:
 
 
 @contextmanager
-def _collecting(found: list[Unsupported]) -> Iterator[None]:
+def collecting(found: list[Unsupported]) -> Iterator[None]:
     """Note every op that cannot be converted, and go on with an op of its name in its place, to find them all."""
     from torchair._ge_concrete_graph import fx2ge_converter
 
@@ -142,11 +145,17 @@ def _placeholder(name: str) -> Any:
     return ge_op(op_type=name, inputs=None, outputs=["y"])
 
 
-def require_all(converted: Converted) -> None:
-    """Raise :class:`AscendError` that lists what cannot be lowered, if there is anything."""
-    if converted.unsupported:
-        first = converted.unsupported[0]
+def require_all(unsupported: Sequence[Unsupported]) -> None:
+    """Raise :class:`AscendError` that names what cannot be lowered, if there is anything, and what to do."""
+    if unsupported:
+        first, kinds = unsupported[0], dict.fromkeys(u.op for u in unsupported)
         where = f" in {first.module}" if first.module else ""
-        more = len(converted.unsupported) - 1
-        others = f", and {more} more" if more else ""
-        raise AscendError(f"no converter to GE for {first.op} ({first.node}{where}): {first.reason}{others}")
+        others = f"; {len(unsupported)} in all, of {', '.join(kinds)}" if len(unsupported) > 1 else ""
+        raise AscendError(f"{first.op} ({first.node}{where}) cannot be converted to GE: {remedy(first)}{others}")
+
+
+def remedy(found: Unsupported) -> str:
+    """What can be done about an op that torchair cannot convert."""
+    if found.op.startswith(("aten.", "prims.")):
+        return f"{found.reason}; write it with other ops, or add a form to GeForms"
+    return f"{found.reason}; register one with torchair.register_fx_node_ge_converter(torch.ops.{found.op})"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch.fx as fx
 
+from cpcompile.lowering.targets import Settings
 from cpcompile.passes.base import GraphPass, PassResult
 from cpcompile.passes.ge_forms import GeForms
 from cpcompile.passes.npu_attention import NpuAttention
@@ -13,12 +14,12 @@ from cpcompile.passes.npu_routed_experts import NpuRoutedExperts
 from cpcompile.passes.paged_keys import PagedKeys
 
 
-def ascend_passes() -> list[GraphPass]:
+def ascend_passes(settings: Settings) -> list[GraphPass]:
     """The passes, in order."""
     return [PagedKeys(), NpuAttention(), NpuRoutedExperts(), GeForms()]
 
 
-def to_ascend(gm: fx.GraphModule) -> Iterator[tuple[str, PassResult]]:
+def to_ascend(gm: fx.GraphModule, settings: Settings) -> Iterator[tuple[str, PassResult]]:
     """Run the passes on ``gm`` in place; yields the name and outcome of each. torch_npu's ops must be there."""
-    for each in ascend_passes():
+    for each in ascend_passes(settings):
         yield each.name, each(gm)

@@ -53,8 +53,8 @@ def summarise(gm: fx.GraphModule, converted: Converted) -> GeSummary:
     return GeSummary(
         dict(sorted(Counter(op.type for op in graph.op).items(), key=lambda item: (-item[1], item[0]))),
         _collectives(gm, graph),
-        _inputs(concrete),
-        _outputs(concrete),
+        _inputs(converted),
+        _outputs(converted),
         len(graph.SerializeToString()),
         [vars(u) for u in converted.unsupported],
     )
@@ -106,11 +106,13 @@ def _bytes(node: fx.Node) -> Any:
     return product([size_expr(size) for size in value.shape]) * value.element_size()
 
 
-def _inputs(concrete: Any) -> list[dict[str, Any]]:
+def _inputs(converted: Converted) -> list[dict[str, Any]]:
+    concrete = converted.concrete
     data = {op.attr["index"].i: op for op in concrete.graph.op if op.type in ("Data", "RefData")}
     rows = []
     for index, info in enumerate(concrete._input_info_list):
-        of = getattr(info.func, "fx_input_idx", getattr(info.func, "fx_input_idx_list", None))
+        packed = getattr(info.func, "fx_input_idx_list", None)  # sizes as one tensor
+        of: Any = [converted.used[i] for i in packed] if packed else converted.used[info.func.fx_input_idx]
         rows.append({"name": data[index].name, "of": of, "shape": list(info.shape), "dtype": _dtype(data[index])})
     return rows
 
@@ -121,15 +123,13 @@ def _dtype(op: Any) -> str:
     return str(DataType.Name(op.output_desc[0].dtype))
 
 
-def _outputs(concrete: Any) -> list[Any]:
-    rows: list[Any] = []
+def _outputs(converted: Converted) -> list[Any]:
+    concrete, rows = converted.concrete, list[Any]()
     for index, output in enumerate(concrete._fx_outputs):
         if index in concrete._fx_outputs_mapping:
             rows.append(concrete._fx_outputs_mapping[index])
         elif hasattr(output, "_fx_input_index"):
-            rows.append({"view of input": output._fx_input_index})
+            rows.append({"view of input": converted.used[output._fx_input_index]})
         else:
             rows.append({"value": str(getattr(output, "_ori_meta_sym", output))})
     return rows
-
-

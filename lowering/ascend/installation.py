@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import os
 import signal
 import sys
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -97,7 +100,9 @@ def import_torchair(target: str, device: bool) -> Any:
     if not found.cann:
         load_host_libraries()
     try:
-        with _signal_handlers():
+        # What torch_npu prints on a machine without CANN is true and no news.
+        quiet = contextlib.nullcontext() if found.cann else contextlib.redirect_stdout(io.StringIO())
+        with quiet, _signal_handlers():
             importlib.import_module("torch_npu")
             torchair = importlib.import_module("torchair")
             torchair.get_compiler  # noqa: B018  torchair is loaded by its first use
@@ -112,6 +117,25 @@ def import_torchair(target: str, device: bool) -> Any:
 def autoload_fails() -> bool:
     """Whether a plain ``import torch`` fails here: PyTorch imports torch_npu by itself, and CANN is missing."""
     return bool(_version("torch_npu")) and not cann_installed() and os.environ.get(AUTOLOAD, "1") != "0"
+
+
+def keep_transformers_off() -> None:
+    """Let the transformers library do without torch_npu where importing it fails, for want of CANN.
+
+    It imports torch_npu wherever that is installed, asks once, and remembers.
+    """
+    if not (_version("torch_npu") and _version("transformers")) or "torch_npu" in sys.modules or cann_installed():
+        return
+    from transformers.utils import import_utils
+
+    original = import_utils._is_package_available
+
+    def available(name: str, *args: Any, **kwargs: Any) -> Any:
+        return (False, "N/A") if name == "torch_npu" else original(name, *args, **kwargs)
+
+    with patch.object(import_utils, "_is_package_available", available):
+        import_utils.is_torch_npu_available()
+        import_utils.is_torch_npu_available(check_device=True)
 
 
 @contextmanager
