@@ -50,6 +50,7 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def traced(target: str, axis: list[str], rank: int) -> Iterator[Target]:
+    """Trace ``target`` as ``rank``, and keep its process groups while the block lasts."""
     from cpcompile.model_spec import parse_axes, trace_target
 
     axes = parse_axes(axis, rank)

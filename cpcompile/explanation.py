@@ -106,7 +106,6 @@ def explain_trace(
         tokens: the token count T that decisions are stated for.
         axes: the mesh axes of a trace whose process groups are gone; this process then speaks for all ranks.
     """
-
     return Explanation(compile_trace(trace, options, axes), tokens, trace.seconds)
 
 

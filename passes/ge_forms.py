@@ -65,7 +65,8 @@ def _masked_put(node: fx.Node) -> fx.Node | str:
 
 def _squeezes(node: fx.Node) -> fx.Node | str:
     given = arguments(node)
-    made, ndim = given["self"], given["self"].meta["val"].ndim
+    made: fx.Node = given["self"]
+    ndim = made.meta["val"].ndim
     for dim in sorted((dim % ndim for dim in given["dim"]), reverse=True):
         made = emit(node, aten.squeeze.dim, made, dim)
     return made
@@ -73,23 +74,22 @@ def _squeezes(node: fx.Node) -> fx.Node | str:
 
 def _appended(node: fx.Node) -> fx.Node | str:
     given = arguments(node)
-    made, pads = given["self"], given["pad"]
+    made: fx.Node = given["self"]
+    pads = given["pad"]
     if not any(isinstance(pad, fx.Node) for pad in pads):
         return node  # torchair has a converter for constants
     if any(isinstance(pad, int) and pad < 0 for pad in pads):
         return "negative padding next to an expression"
     for pair, (before, behind) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
         dim = made.meta["val"].ndim - 1 - pair
-        rows = [_rows(node, made, dim, count, given["value"]) for count in (before, behind)]
+        rows = [slices(node, made, dim, n, given["value"]) if n != 0 else None for n in (before, behind)]
         parts = [part for part in (rows[0], made, rows[1]) if part is not None]
         made = emit(node, aten.cat.default, parts, dim) if len(parts) > 1 else made
     return made
 
 
-def _rows(node: fx.Node, like: fx.Node, dim: int, count: fx.Node | int, value: float) -> fx.Node | None:
-    """``count`` slices of ``like`` along ``dim`` that hold ``value``."""
-    if isinstance(count, int) and not count:
-        return None
+def slices(node: fx.Node, like: fx.Node, dim: int, count: fx.Node | int, value: float) -> fx.Node:
+    """Ahead of ``node``, ``count`` slices along ``dim`` that hold ``value``, else as ``like`` is."""
     shape: list[fx.Node | int] = [
         size if isinstance(size, int) else emit(node, aten.sym_size.int, like, d)
         for d, size in enumerate(like.meta["val"].shape)

@@ -77,7 +77,7 @@ class _Builder:
                 behind: Any = blocks * self.block - keys
             else:
                 behind = emit(at, operator.sub, emit(at, operator.mul, blocks, self.block), keys)
-            batch, width = self.size(at, key, 0), key.meta["val"].shape[3]
+            batch, width = self.size(at, key, 0), int(key.meta["val"].shape[3])
             zeros = emit(at, aten.new_zeros.default, key, [batch, behind, 1, width])
             padded = emit(at, aten.cat.default, [key, zeros], 1)
             self.paged[key] = emit(at, aten.reshape.default, padded, [-1, self.block, 1, width])
@@ -110,7 +110,7 @@ class _Builder:
         """``[B * S, ...]`` -> the shape of what ``at`` gives."""
         query = at.args[0]
         assert isinstance(query, fx.Node)
-        shape = [self.size(at, query, 0), self.size(at, query, 1), *at.meta["val"].shape[2:]]
+        shape = [self.size(at, query, 0), self.size(at, query, 1), *map(int, at.meta["val"].shape[2:])]
         return emit(at, aten.reshape.default, made, shape)
 
 

@@ -20,7 +20,6 @@ from cpcompile.lowering.ascend.installation import find, import_torchair
 from cpcompile.lowering.used_inputs import used_inputs
 from cpcompile.passes.describe import module_of
 
-
 SOC = "Ascend910_93"  # what graphs are made for where no device says: Atlas A3
 
 
@@ -110,10 +109,10 @@ def _without_engine() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(fx2ge_converter, "initialize_graph_engine", lambda *_: None))
         if not find().cann:
-            # Every op that a converter writes by itself is one that CANN has; none is known well enough to be generated.
+            # An op that a converter writes by itself is one that CANN has; none is known well enough to be generated.
             stack.enter_context(patch.object(_torchair, "get_registered_ir_def", lambda _: ("SUCCESS", [], [], [])))
             stack.enter_context(patch.object(compat_ir, "is_cann_compat", lambda *_, **__: ""))
-            stack.enter_context(patch.object(torch.npu, "get_device_name", lambda *_: SOC))  # some converters ask
+            stack.enter_context(patch("torch.npu.get_device_name", lambda *_: SOC))  # some converters ask
         yield
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from cpcompile.errors import AscendError
 from cpcompile.lowering.ascend.installation import AUTOLOAD, Installation, autoload_fails, find, import_torchair
 from cpcompile.lowering.targets import ON_DEVICE
@@ -28,8 +26,8 @@ def examine() -> Iterator[str]:
     if autoload_fails():
         yield ""
         yield (
-            f"WARNING: `import torch` fails in this environment unless {AUTOLOAD}=0 is set: PyTorch imports torch_npu by "
-            "itself, and that needs CANN"
+            f"WARNING: `import torch` fails in this environment unless {AUTOLOAD}=0 is set: PyTorch imports torch_npu "
+            "by itself, and that needs CANN"
         )
 
 
@@ -38,6 +36,4 @@ def _why_not(target: str, device: bool, found: Installation) -> str:
         import_torchair(target, device)
     except AscendError as error:
         return str(error).partition(": ")[2]
-    if not device or torch.npu.is_available():
-        return ""
-    return found.no_device()
+    return found.no_device() if device and not find().npus else ""

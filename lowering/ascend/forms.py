@@ -9,14 +9,23 @@ import torch.fx as fx
 from cpcompile.lowering.targets import Settings
 from cpcompile.passes.base import GraphPass, PassResult
 from cpcompile.passes.ge_forms import GeForms
+from cpcompile.passes.inline_composites import InlineComposites
 from cpcompile.passes.npu_attention import NpuAttention
+from cpcompile.passes.npu_mc2 import NpuMc2
+from cpcompile.passes.npu_norms import NpuNorms
 from cpcompile.passes.npu_routed_experts import NpuRoutedExperts
+from cpcompile.passes.npu_swiglu import NpuSwiglu
 from cpcompile.passes.paged_keys import PagedKeys
+from cpcompile.passes.recognise_routed_experts import RecogniseRoutedExperts
 
 
 def ascend_passes(settings: Settings) -> list[GraphPass]:
     """The passes, in order."""
-    return [PagedKeys(), NpuAttention(), NpuRoutedExperts(), GeForms()]
+    passes: list[GraphPass] = [RecogniseRoutedExperts(), InlineComposites(), PagedKeys(), NpuAttention()]
+    passes += [NpuRoutedExperts(), NpuNorms(), NpuSwiglu()]
+    if settings.mc2:
+        passes.append(NpuMc2())
+    return [*passes, GeForms()]
 
 
 def to_ascend(gm: fx.GraphModule, settings: Settings) -> Iterator[tuple[str, PassResult]]:

@@ -97,7 +97,8 @@ def _collectives(gm: fx.GraphModule, graph: Any) -> list[dict[str, Any]]:
 
 
 def _fused(node: fx.Node) -> bool:
-    return node.op == "call_function" and "hcom" in getattr(getattr(node.target, "_schema", None), "overload_name", "")
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(argument.name == "hcom" for argument in schema.arguments)
 
 
 def _bytes(node: fx.Node) -> Any:

@@ -56,7 +56,7 @@ class Installation:
                 f"{_text(OLDEST)} to {_text(NEWEST)}"
             )
         if found != _release(self.torch):
-            return f"torch_npu {self.torch_npu} is for torch {_text(found)}, and torch is {self.torch}: install them alike"
+            return f"torch_npu {self.torch_npu} is not for torch {self.torch}: install the release of the same number"
         if not self.protobuf:
             return f"torchair needs protobuf, which torch_npu does not install: {INSTALL}"
         return ""
