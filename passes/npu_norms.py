@@ -168,8 +168,9 @@ def _replace(norm: _Norm, place: dict[fx.Node, int]) -> None:
         erase(norm.out)
     if residual:
         total = emit(x, operator.getitem, made, 2)
-        x.replace_all_uses_with(total, delete_user_cb=lambda user: user is not made)
-        erase(x)
+        if not x._erased:  # where no one else reads the sum, it went with the norm
+            x.replace_all_uses_with(total, delete_user_cb=lambda user: user is not made)
+            erase(x)
         if not total.users:
             total.graph.erase_node(total)
 

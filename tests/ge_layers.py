@@ -27,8 +27,8 @@ from cpcompile.pipeline import compile_graph, copy_graph
 GLUE = frozenset(
     {
         "Add", "BroadcastTo", "Cast", "ConcatV2", "Const", "Data", "Equal", "Fill", "FloorDiv", "Gather", "GatherV2",
-        "GreaterEqual", "Identity", "IndexByTensor", "Less", "LessEqual", "LogicalAnd", "LogicalNot", "LogicalOr", "Mul",
-        "Neg", "NetOutput", "NotEqual", "Pack", "Range", "Reshape", "SelectV2", "Shape", "SplitV", "Squeeze",
+        "GreaterEqual", "Identity", "IndexByTensor", "Less", "LessEqual", "LogicalAnd", "LogicalNot", "LogicalOr",
+        "Mul", "Neg", "NetOutput", "NotEqual", "Pack", "Range", "Reshape", "SelectV2", "Shape", "SplitV", "Squeeze",
         "StridedSliceV2", "Sub", "TensorMove", "Transpose", "Unsqueeze", "ZerosLike", "MaskedFill", "Cumsum", "Cos",
         "Sin", "Empty", "GatherElements", "ScatterElements", "RealDiv", "ReduceSum", "TopKV2", "Sigmoid", "Muls",
         "ClipByValueV2", "BatchMatMul",

