@@ -106,7 +106,8 @@ def import_torchair(target: str, device: bool) -> Any:
             importlib.import_module("torch_npu")
             torchair = importlib.import_module("torchair")
             torchair.get_compiler  # noqa: B018  torchair is loaded by its first use
-            importlib.import_module("torchair.ops")  # its own ops, such as air::npu_fused_infer_attention_score
+            with contextlib.suppress(ModuleNotFoundError):  # a release may keep its op air::... elsewhere
+                importlib.import_module("torchair.ops._npu_fused_infer_attention_score")
     except Exception as error:
         line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise AscendError(f"target {target!r}: torch_npu {found.torch_npu} cannot be imported: {line}") from error
