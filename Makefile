@@ -7,6 +7,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 DEMO := $(VENV)/.installed-demo
 TEST := $(VENV)/.installed-test
 
+# Torch_npu is for the tests that lower to Ascend alone, which look for it in $(VENV)/ascend: on the path of all, PyTorch and
+# the transformers library would import it, and that fails where CANN is not installed.
+
 .PHONY: demo test lint bench clean
 
 demo: $(DEMO)
@@ -36,4 +39,5 @@ $(DEMO): pyproject.toml constraints.txt | $(BIN)/pip
 
 $(TEST): pyproject.toml constraints.txt | $(BIN)/pip
 	$(INSTALL) -e '.[transformers,test]'
+	$(INSTALL) --upgrade --no-deps --target $(VENV)/ascend torch_npu protobuf
 	touch $(DEMO) $@

@@ -21,7 +21,7 @@ from cpcompile.capture import lower_inference, unknown_inputs
 from cpcompile.compiled import Compiled, token_reader
 from cpcompile.exchange import Exchange, GroupExchange, OfflineExchange
 from cpcompile.graph_inputs import GraphInput, describe_inputs
-from cpcompile.lowering.targets import BoxedCallable, lower
+from cpcompile.lowering.targets import BoxedCallable, Settings, lower, prepare
 from cpcompile.module_runtime import examples_of, keep_parts, row_limits
 from cpcompile.options import Options
 from cpcompile.pipeline import compile_graph
@@ -51,8 +51,10 @@ def cpcompile_backend(
         RequirementError: see ``options["require"]``.
         AxisError: axes and process groups do not agree, or a rank did not take part in time.
         PlanError: ``options["plan"]`` is not a plan of this graph.
+        AscendError: a target on Ascend lacks torch_npu or an NPU, or has no form of an op.
     """
     parsed = Options.parse(options)
+    prepare(parsed.target)
     inputs = describe_inputs(gm, example_inputs)
 
     def inference(aot: fx.GraphModule, aot_inputs: Sequence[Any]) -> BoxedCallable:
@@ -88,7 +90,7 @@ def _compile_inference(
     aot: fx.GraphModule, aot_inputs: Sequence[Any], inputs: Sequence[GraphInput], options: Options
 ) -> BoxedCallable:
     compiled = compile_graph(aot, inputs, options, lambda axis: exchange_for(axis, options.timeout_s))
-    _tell(compiled, options)
+    folder = _tell(compiled, options)
     target = options.target or ("inductor" if _device(aot_inputs) == "cuda" else "eager")
     parts = keep_parts(compiled, inputs, options)
     guard, watched = _guard(compiled, inputs, parts)
@@ -98,7 +100,9 @@ def _compile_inference(
     lowered: dict[int, BoxedCallable] = {}
     for variant in variants:
         if id(variant.gm) not in lowered:
-            lowered[id(variant.gm)] = lower(target, variant.gm, examples_of(variant.gm, aot_inputs, parts))
+            where = folder / f"from_{variant.first}" if folder is not None else None
+            settings = Settings(options.compiler_config, options.mc2, where)
+            lowered[id(variant.gm)] = lower(target, variant.gm, examples_of(variant.gm, aot_inputs, parts), settings)
     run = [lowered[id(v.gm)] for v in variants]
     firsts = [v.first for v in variants]
 
@@ -134,8 +138,8 @@ def _device(values: Sequence[Any]) -> str:
     return next((v.device.type for v in values if isinstance(v, torch.Tensor)), "cpu")
 
 
-def _tell(compiled: Compiled, options: Options) -> None:
-    """Say what was done: one log line, torch's structured trace, and files in ``dump_dir``."""
+def _tell(compiled: Compiled, options: Options) -> Path | None:
+    """Say what was done: one log line, torch's structured trace, and files in a folder in ``dump_dir``, returned."""
     reports = {v.first: compiled.report(v.typical) for v in compiled.variants}
     for variant in compiled.variants:
         counts = Counter(c.decision for c in reports[variant.first].collectives)
@@ -150,11 +154,10 @@ def _tell(compiled: Compiled, options: Options) -> None:
         metadata_fn=lambda: {"name": "cpcompile_report", "encoding": "json"},
         payload_fn=lambda: json.dumps(payload),
     )
-    if options.dump_dir is not None:
-        _dump(compiled, payload, Path(options.dump_dir))
+    return _dump(compiled, payload, Path(options.dump_dir)) if options.dump_dir is not None else None
 
 
-def _dump(compiled: Compiled, payload: dict[str, Any], directory: Path) -> None:
+def _dump(compiled: Compiled, payload: dict[str, Any], directory: Path) -> Path:
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     number = len(list(directory.glob(f"rank_{rank}/graph_*"))) if directory.exists() else 0
     folder = directory / f"rank_{rank}" / f"graph_{number}"
@@ -163,3 +166,4 @@ def _dump(compiled: Compiled, payload: dict[str, Any], directory: Path) -> None:
     compiled.plan.save(folder / "plan.json")
     for name, graph in [("original", compiled.original)] + [(f"from_{v.first}", v.gm) for v in compiled.variants]:
         (folder / f"{name}.py").write_text(graph.print_readable(print_output=False), encoding="utf-8")
+    return folder

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from cpcompile.cli_ascend import doctor, lower
 from cpcompile.cli_groups import groups
 from cpcompile.cli_plan import plan, plan_diff
+from cpcompile.cli_shared import (
+    AxisOption,
+    RankOption,
+    ReplicatedOption,
+    TargetArgument,
+    one_line_errors,
+    status,
+    traced,
+)
 from cpcompile.costs import PROFILES
-from cpcompile.errors import CpcompileError
-
-if TYPE_CHECKING:
-    from cpcompile.model_spec import Target
 
 app = typer.Typer(
     help="Token parallelism for tensor-parallel DeepSeek inference: explain, trace, rewrite.",
@@ -60,37 +63,6 @@ class Verify(str, Enum):
     static = "static"
     numeric = "numeric"
     off = "off"
-
-
-_TARGET = (
-    "file.py:function or package.module:function that returns (model, args) or (model, args, kwargs); "
-    "a directory with config.json; a saved trace"
-)
-TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help=_TARGET, show_default=False)]
-AxisOption = Annotated[
-    list[str], typer.Option("--axis", metavar="NAME=SIZE", help="A mesh axis, such as tp=16. Repeat for more.")
-]
-RankOption = Annotated[int, typer.Option("--rank", help="The rank whose graph is traced.")]
-ReplicatedOption = Annotated[
-    list[str],
-    typer.Option(
-        "--replicated", metavar="PATTERN", help="Inputs that are the same on every rank; '!PATTERN' says not."
-    ),
-]
-
-
-def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """End ``command`` with exit code 2 and one line on stderr where the user can act on the error."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except CpcompileError as error:
-            typer.echo(f"cpcompile: error: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2) from None
-
-    return wrapped
 
 
 @app.callback(invoke_without_command=True)
@@ -145,7 +117,7 @@ def explain(
     options |= {"modules": parse_patterns(module)}
     Options.parse(options)  # before the minutes that a large model takes
     sizes = parse_modules(modules, tuple(MODULE_SIZES.values())) if modules else {}
-    with _traced(target, axis, rank) as found, _status("placing and proving"):
+    with traced(target, axis, rank) as found, status("placing and proving"):
         declared = (*found.replicated, *replicated)
         roles = replica_axes(sizes, math.prod(axis.size for axis in found.axes), rank)
         parsed = Options.parse({**options, "replicated": declared})
@@ -173,7 +145,7 @@ def trace(
 
     if output.suffix != SUFFIX:
         raise typer.BadParameter(f"{output}: the name of a trace ends in {SUFFIX}", param_hint="--output")
-    with _traced(target, axis, rank) as found:
+    with traced(target, axis, rank) as found:
         save_trace(output, found.trace, found.axes, (*found.replicated, *replicated))
 
 
@@ -219,24 +191,8 @@ def opt(
 plan_app.callback(invoke_without_command=True)(one_line_errors(plan))
 plan_app.command("diff")(one_line_errors(plan_diff))
 app.command()(one_line_errors(groups))
-
-
-@contextmanager
-def _traced(target: str, axis: list[str], rank: int) -> Iterator[Target]:
-    from cpcompile.model_spec import parse_axes, trace_target
-
-    axes = parse_axes(axis, rank)
-    # What torch logs of a failed trace is in the error that we raise.
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with ExitStack() as stack:
-            with _status("tracing the model (dynamo, AOT)"):
-                found = stack.enter_context(trace_target(target, axes, rank))
-            yield found
-    finally:
-        logger.setLevel(level)
+app.command()(one_line_errors(lower))
+app.command()(one_line_errors(doctor))
 
 
 def _write(path: Path, save: Callable[[Path], None]) -> None:
@@ -262,14 +218,3 @@ def _tell(name: str, result: Any, seconds: float | None) -> None:
     typer.echo(f"{took}{name}: {result.rewrites} rewrites, {len(result.refusals)} refusals", err=True)
     for refusal in result.refusals:
         typer.echo(f"  {refusal.node}: {refusal.reason}", err=True)
-
-
-@contextmanager
-def _status(what: str) -> Iterator[None]:
-    """Show ``what`` on stderr while the block runs, if someone is looking."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(what):
-        yield

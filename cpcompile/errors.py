@@ -46,6 +46,10 @@ class ParameterChangedError(CpcompileError):
     """A parameter whose replication was established at compile time was replaced afterwards."""
 
 
+class AscendError(CpcompileError):
+    """torch_npu is missing, does not fit, or has no way to lower something."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest of ``known``, or the list of what is known."""
     options = sorted(known)

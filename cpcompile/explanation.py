@@ -112,12 +112,22 @@ def explain_trace(
         axes: the mesh axes of a trace whose process groups are gone; this process then speaks for all ranks.
         modules: role → ranks that share such modules, where there are no process groups of them.
     """
+    return Explanation(compile_trace(trace, options, axes, modules), tokens, trace.seconds)
+
+
+def compile_trace(
+    trace: Trace,
+    options: Options,
+    axes: Sequence[Axis] | None = None,
+    modules: Mapping[str, Axis] | None = None,
+) -> Compiled:
+    """Run the pipeline on a captured graph: see :func:`explain_trace` for the arguments."""
 
     def exchange(axis: Axis) -> Exchange:
         offline = axes is not None or not dist.is_initialized() or axis in (modules or {}).values()
         return OfflineExchange(axis.size, axis.rank) if offline else exchange_for(axis, options.timeout_s)
 
-    return Explanation(compile_graph(trace.gm, trace.inputs, options, exchange, axes, modules), tokens, trace.seconds)
+    return compile_graph(trace.gm, trace.inputs, options, exchange, axes, modules)
 
 
 def _intervals(compiled: Compiled) -> Iterator[dict[str, Any]]:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from cpcompile.axes import Axis, axis_of
 from cpcompile.capture import Trace, capture
 from cpcompile.errors import AxisError, OptionError, TraceError, nearest
+from cpcompile.lowering.ascend.installation import keep_transformers_off
 from cpcompile.model_shapes import read_json
 from cpcompile.trace_file import SUFFIX, load_trace
 
@@ -44,11 +45,13 @@ class Target:
         trace: the graph of one rank.
         axes: its mesh axes.
         replicated: what is known of inputs that carry no placement of their own.
+        alive: whether the axes' process groups exist, while the block of ``trace_target`` lasts.
     """
 
     trace: Trace
     axes: list[Axis]
     replicated: tuple[str, ...] = ()
+    alive: bool = True
 
 
 @dataclass
@@ -106,7 +109,7 @@ def trace_target(target: str, axes: Mapping[str, int], rank: int = 0) -> Iterato
                 f"{target} is a saved trace, which has its own axes and rank: leave out --axis and --rank"
             )
         saved = load_trace(path)
-        yield Target(saved.trace, saved.axes, saved.replicated)
+        yield Target(saved.trace, saved.axes, saved.replicated, alive=False)
         return
     with fake_mesh(axes, rank) as mesh:
         spec = _from_directory(path, mesh) if path.is_dir() else _from_function(target, mesh)
@@ -196,6 +199,7 @@ def _checked(target: str, result: object) -> _Spec:
 
 def _from_directory(directory: Path, mesh: DeviceMesh | None) -> _Spec:
     """A model of the transformers library from its ``config.json``, on the meta device, tensor-parallel over ``tp``."""
+    keep_transformers_off()
     config = _read_config(directory)
     for name in (mesh.mesh_dim_names if mesh is not None else None) or ():
         if name != "tp":

@@ -15,7 +15,7 @@ from cpcompile.layouts import KINDS as LAYOUTS
 from cpcompile.plan import Plan
 
 STRATEGIES = ("auto", "tp", "cp", "hybrid", "off")
-TARGETS = ("eager", "inductor")
+TARGETS = ("eager", "inductor", "torchair", "npugraph_ex", "ge-export")
 VERIFICATIONS = ("static", "numeric", "off")
 PATTERNS = ("require", "replicated", "layer_sharding")
 ROLES = ("embedding", "o_proj", "mlp", "lm_head", "none")
@@ -34,6 +34,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "replicated": ((str, Sequence, Set), "a pattern or a list of patterns"),
     "deterministic": ((bool,), "True or False"),
     "sparse_attention": ((bool,), "True or False"),
+    "mc2": ((bool,), "True or False"),
     "routed_experts": ((bool,), "True or False"),
     "plan": ((Plan, str, Path, type(None)), "a Plan or the path of a saved one"),
     "dump_dir": ((str, Path, type(None)), "the path of a folder"),
@@ -61,7 +62,8 @@ class Options:
         strategy: ``"auto"`` (best plan per interval of the token count), or the plan of a large step, at every token
             count, on axes over which attention is split (``"tp"``), repeated (``"cp"``) or on all (``"hybrid"``);
             ``"off"``.
-        target: ``"eager"`` or ``"inductor"``; empty chooses inductor on CUDA and eager elsewhere.
+        target: ``"eager"``, ``"inductor"``, on Ascend ``"torchair"`` (GE graph) or ``"npugraph_ex"``; ``"ge-export"``
+            writes the GE graph to ``dump_dir`` and runs nothing. Empty chooses inductor on CUDA and eager elsewhere.
         verify: ``"static"`` proves every rewritten graph, ``"numeric"`` also runs all ranks in lockstep on random
             inputs and weights, ``"off"`` does neither.
         require: fnmatch patterns of all-reduces or modules; each must match one that is rewritten, else an error.
@@ -89,6 +91,9 @@ class Options:
             ``cpcompile.reallocate_weights``.
         group_tokens: how ranks that share a module and have tokens of their own agree on the rows that each pads to:
             ``"exchange"`` an all-reduce in each step, ``"equal"`` all have as many, a number is at least every rank's.
+        compiler_config: torchair's ``CompilerConfig``, for the targets on Ascend; None for its defaults.
+        mc2: on Ascend, run a matmul and the reduce-scatter behind it, or an all-gather and the matmul behind it, as one
+            op where its constraints hold.
     """
 
     axes: Mapping[str, Any] = field(default_factory=dict)
@@ -112,6 +117,8 @@ class Options:
     modules: Mapping[str, Sequence[str]] = field(default_factory=dict)
     release_weights: bool = False
     group_tokens: str | int = "exchange"
+    compiler_config: Any = None
+    mc2: bool = False
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
@@ -144,6 +151,8 @@ class Options:
         _check_choice("layout", parsed.layout, LAYOUTS)
         _check_choice("target", parsed.target, (*TARGETS, ""))
         _check_choice("verify", parsed.verify, VERIFICATIONS)
+        if parsed.target == "ge-export" and parsed.dump_dir is None:
+            raise OptionError("target='ge-export' writes graphs and runs none: give dump_dir, the folder for them")
         if isinstance(parsed.profile, str):
             _check_choice("profile", parsed.profile, (*PROFILES, ""))
         return parsed

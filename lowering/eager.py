@@ -8,10 +8,10 @@ from typing import Any
 import torch.fx as fx
 from functorch.compile import make_boxed_func
 
-from cpcompile.lowering.targets import BoxedCallable
+from cpcompile.lowering.targets import BoxedCallable, Settings
 
 
-def lower(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> BoxedCallable:
+def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings) -> BoxedCallable:
     """Run ``gm`` as it is."""
     boxed: BoxedCallable = make_boxed_func(gm.forward)
     return boxed

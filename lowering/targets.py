@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.fx as fx
@@ -15,25 +17,60 @@ BoxedCallable = Callable[[list[Any]], Any]
 TARGETS = {
     "eager": "cpcompile.lowering.eager:lower",
     "inductor": "cpcompile.lowering.inductor:lower",
+    "torchair": "cpcompile.lowering.ascend.device:lower_torchair",
+    "npugraph_ex": "cpcompile.lowering.ascend.device:lower_npugraph_ex",
+    "ge-export": "cpcompile.lowering.ascend.export:lower",
 }
+ON_DEVICE = {"torchair": True, "npugraph_ex": True, "ge-export": False}  # targets on Ascend: whether they need an NPU
 
 
-def lower(target: str, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> BoxedCallable:
+@dataclass(frozen=True)
+class Settings:
+    """What a target may be told.
+
+    Args:
+        compiler_config: of torchair, for the targets on Ascend: its ``CompilerConfig``.
+        mc2: on Ascend, matmuls and the reduce-scatter or all-gather next to them as one op.
+        folder: where ``ge-export`` writes.
+    """
+
+    compiler_config: Any = None
+    mc2: bool = False
+    folder: Path | None = None
+
+
+def prepare(target: str) -> None:
+    """Import what ``target`` needs, before anything is compiled: torch_npu changes torch when it is imported.
+
+    Raises:
+        AscendError: it is not there.
+    """
+    if target in ON_DEVICE:
+        from cpcompile.lowering.ascend.installation import import_torchair
+
+        import_torchair(target, device=ON_DEVICE[target])
+
+
+def lower(
+    target: str, gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings = Settings()
+) -> BoxedCallable:
     """Lower a functional ATen graph for ``target``.
 
     Args:
         target: a name of :data:`TARGETS`.
         gm: the graph.
         example_inputs: its fake inputs.
+        settings: what the target is told.
 
     Returns:
         A boxed callable: takes one list of inputs, which it may empty, and returns the graph's outputs.
 
     Raises:
-        OptionError: the target is not known.
+        OptionError: the target is not known, or a setting is missing.
+        AscendError: what the target needs is not there, or it has no form of an op.
     """
     if target not in TARGETS:
         raise OptionError(f"unknown target {target!r}{nearest(target, TARGETS)}")
     module, _, function = TARGETS[target].partition(":")
-    lowered: BoxedCallable = getattr(importlib.import_module(module), function)(gm, example_inputs)
+    lowered: BoxedCallable = getattr(importlib.import_module(module), function)(gm, example_inputs, settings)
     return lowered

@@ -7,7 +7,7 @@ arguments by the names of the schema at hand: releases differ in their order and
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.fx as fx
@@ -96,3 +96,10 @@ def unify_rows(gm: fx.GraphModule) -> None:
 def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """Whether two sizes are equal: known to be, or in the traced example, and then guarded."""
     return size_expr(a) == size_expr(b) or bool(guard_or_false(a == b))
+
+
+def missing_ops(names: Iterable[str], namespace: str = "npu") -> str:
+    """Which of ``names`` torch_npu, as it is loaded, does not have; ``""`` where it has all."""
+    library = getattr(torch.ops, namespace)
+    missing = [name for name in names if not hasattr(library, name)]
+    return f"there is no op {namespace}::{missing[0]}: import torch_npu" if missing else ""

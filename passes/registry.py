@@ -21,7 +21,15 @@ PASSES: Mapping[str, str] = {
     "explicit-causal-masks": "cpcompile.passes.explicit_causal_masks:ExplicitCausalMasks",
     "shard-tokens": "cpcompile.passes.shard_tokens:ShardTokens",
     "verify-static": "cpcompile.passes.verify_rewrite:VerifyRewrite",
-    "npu-attention": "cpcompile.passes.npu_attention:NpuAttention",  # for targets that have the ops
+    # For targets on Ascend, in the order in which these run them:
+    "inline-composites": "cpcompile.passes.inline_composites:InlineComposites",
+    "paged-keys": "cpcompile.passes.paged_keys:PagedKeys",
+    "npu-attention": "cpcompile.passes.npu_attention:NpuAttention",
+    "npu-routed-experts": "cpcompile.passes.npu_routed_experts:NpuRoutedExperts",
+    "npu-norms": "cpcompile.passes.npu_norms:NpuNorms",
+    "npu-swiglu": "cpcompile.passes.npu_swiglu:NpuSwiglu",
+    "npu-mc2": "cpcompile.passes.npu_mc2:NpuMc2",
+    "ge-forms": "cpcompile.passes.ge_forms:GeForms",
 }
 
 _ITEM = re.compile(r"\s*([^\s{},]+)\s*(?:\{([^{}]*)\}\s*)?(,|$)")

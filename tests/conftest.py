@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # else `import torch` fails where torch_npu is and CANN is not
+
+from cpcompile.lowering.ascend.installation import keep_transformers_off
+
+keep_transformers_off()
 
 import models
 import pytest
 import torch
 import torch.fx as fx
+from ascend_process import AscendProcess
 from simulate import Ranks, fake_rank, in_threads, none_failed
 
 from cpcompile.axes import axis_of
@@ -135,6 +143,14 @@ def case(kind: str, size: int, batch: int = 1, dtype: torch.dtype = torch.float3
         first = capture(make_sharded(mesh), input_ids=torch.zeros((batch, 10), dtype=torch.long), use_cache=False)
     every = [as_rank(first, rank, size, make_sharded) for rank in range(size)]
     return Case(make(kind, dtype), SharedRanks([trace for trace, _ in every], [axis for _, axis in every]))
+
+
+@pytest.fixture(scope="session")
+def ascend() -> Iterator[AscendProcess]:
+    """A process with torch_npu, without an NPU."""
+    process = AscendProcess()
+    yield process
+    process.pool.shutdown()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -42,7 +42,8 @@ def test_nothing_gives_the_defaults(nothing: dict[str, object] | None) -> None:
 )
 def test_every_choice_is_taken_as_given(name: str, values: tuple[object, ...]) -> None:
     for value in values:
-        assert getattr(Options.parse({name: value}), name) == value
+        needed = {"dump_dir": "out"} if value == "ge-export" else {}
+        assert getattr(Options.parse({name: value, **needed}), name) == value
 
 
 @pytest.mark.parametrize("name", ["require", "replicated"])

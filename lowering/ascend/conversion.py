@@ -1,0 +1,160 @@
+"""From a rewritten ATen graph to a GE graph, by torchair's own converters, with or without an NPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.fx as fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map_only
+
+from cpcompile.errors import AscendError
+from cpcompile.lowering.ascend.installation import find, import_torchair
+from cpcompile.lowering.used_inputs import used_inputs
+from cpcompile.passes.describe import module_of
+
+SOC = "Ascend910_93"  # what graphs are made for where no device says: Atlas A3
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """An op that torchair cannot convert.
+
+    Args:
+        node: name of the FX node.
+        op: the op.
+        module: the model's module that it comes from.
+        reason: the converter's own words.
+    """
+
+    node: str
+    op: str
+    module: str
+    reason: str
+
+
+@dataclass
+class Converted:
+    """A GE graph.
+
+    Args:
+        concrete: torchair's ``GeConcreteGraph``; its ``graph`` is the protobuf message.
+        used: the traced graph's inputs that it was made of, by number.
+        unsupported: what has no place in it.
+    """
+
+    concrete: Any = None
+    used: list[int] = field(default_factory=list)
+    unsupported: list[Unsupported] = field(default_factory=list)
+
+
+def convert(gm: fx.GraphModule, config: Any = None) -> Converted:
+    """Convert ``gm``, whose inputs' ``val`` are fake tensors on any device, as it would be on an NPU.
+
+    Args:
+        gm: a functional ATen graph; not changed.
+        config: torchair's ``CompilerConfig``; None for its defaults.
+
+    Raises:
+        AscendError: torch_npu is missing or does not fit.
+    """
+    torchair = import_torchair("ge-export", device=False)
+    values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
+    moved, used = used_inputs(gm, values)
+    to_device(moved, _OFF_HOST)
+    inputs = [_input(values[index]) for index in used]
+    mode = next((v.fake_mode for v in inputs if isinstance(v, FakeTensor)), None)
+    result = Converted(used=used)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tracing(TracingContext(mode)))
+        stack.enter_context(_without_engine())
+        stack.enter_context(collecting(result.unsupported))
+        compiler = torchair.get_compiler(config if config is not None else torchair.CompilerConfig())
+        result.concrete = compiler(moved, inputs).runner
+    return result
+
+
+# Fake tensors that torchair takes for the device's: any but the host's. PyTorch guards those on ``npu`` by calling it.
+_OFF_HOST = torch.device("meta")
+
+
+def to_device(gm: fx.GraphModule, device: torch.device) -> None:
+    """Let every tensor that ``gm`` makes be made on ``device``."""
+    for node in gm.graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": device}
+    gm.recompile()
+
+
+def _input(value: Any) -> Any:
+    if not isinstance(value, FakeTensor):
+        return value
+    with value.fake_mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_OFF_HOST)
+
+
+@contextmanager
+def _without_engine() -> Iterator[None]:
+    """Convert without starting the graph engine, and where CANN is missing, without asking it what it knows."""
+    from torchair._ge_concrete_graph import compat_ir, fx2ge_converter
+    from torchair.core import _torchair
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(fx2ge_converter, "initialize_graph_engine", lambda *_: None))
+        if not find().cann:
+            # An op that a converter writes by itself is one that CANN has; none is known well enough to be generated.
+            stack.enter_context(patch.object(_torchair, "get_registered_ir_def", lambda _: ("SUCCESS", [], [], [])))
+            stack.enter_context(patch.object(compat_ir, "is_cann_compat", lambda *_, **__: ""))
+            stack.enter_context(patch("torch.npu.get_device_name", lambda *_: SOC))  # some converters ask
+        yield
+
+
+@contextmanager
+def collecting(found: list[Unsupported]) -> Iterator[None]:
+    """Note every op that cannot be converted, and go on with an op of its name in its place, to find them all."""
+    from torchair._ge_concrete_graph import fx2ge_converter
+
+    original = fx2ge_converter.GeConcreteGraph.parse_node
+
+    def parse_node(self: Any, target: Any, args: Any, kwargs: Any, meta_outputs: Any) -> Any:
+        try:
+            return original(self, target, args, kwargs, meta_outputs)
+        except Exception as error:
+            node = self._converter_ctx.node
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            found.append(Unsupported(node.name, str(target), module_of(node), reason))
+            made = tree_map_only(torch.Tensor, lambda _: _placeholder(str(target)), meta_outputs)
+            fx2ge_converter.set_ge_outputs(made, meta_outputs)
+            return made
+
+    with patch.object(fx2ge_converter.GeConcreteGraph, "parse_node", parse_node):
+        yield
+
+
+def _placeholder(name: str) -> Any:
+    from torchair._ge_concrete_graph.compat_ir import ge_op
+
+    return ge_op(op_type=name, inputs=None, outputs=["y"])
+
+
+def require_all(unsupported: Sequence[Unsupported]) -> None:
+    """Raise :class:`AscendError` that names what cannot be lowered, if there is anything, and what to do."""
+    if unsupported:
+        first, kinds = unsupported[0], dict.fromkeys(u.op for u in unsupported)
+        where = f" in {first.module}" if first.module else ""
+        others = f"; {len(unsupported)} in all, of {', '.join(kinds)}" if len(unsupported) > 1 else ""
+        raise AscendError(f"{first.op} ({first.node}{where}) cannot be converted to GE: {remedy(first)}{others}")
+
+
+def remedy(found: Unsupported) -> str:
+    """What can be done about an op that torchair cannot convert."""
+    if found.op.startswith(("aten.", "prims.")):
+        return f"{found.reason}; write it with other ops, or add a form to GeForms"
+    return f"{found.reason}; register one with torchair.register_fx_node_ge_converter(torch.ops.{found.op})"

@@ -1,0 +1,136 @@
+"""A GE graph on disk, and what is in it: op counts, collectives with their groups, bytes, inputs and outputs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.fx as fx
+
+from cpcompile.lowering.ascend.conversion import Converted
+from cpcompile.passes.collectives import bound, is_collective
+from cpcompile.passes.describe import module_of
+from cpcompile.passes.token_layout import product, size_expr
+
+TEXT, MODEL, OPTIONS, SUMMARY = "dynamo.pbtxt", "model.pb", "options.json", "summary.json"
+
+
+@dataclass(frozen=True)
+class GeSummary:
+    """What a GE graph holds.
+
+    Args:
+        ops: how many ops of each type.
+        collectives: a row for each: ``op``, its ``group`` and the ``ranks`` of that, what it ``sends`` as an expression
+            in the graph's sizes, in bytes, and the ``module`` that it comes from.
+        inputs: a row for each input of the GE graph, in order: its ``name`` there, its number ``of`` the traced graph's
+            inputs, ``dtype`` and ``shape``.
+        outputs: a row for each output of the traced graph: its number ``of`` the GE graph's outputs, or what it is.
+        bytes: length of the serialised graph.
+        unsupported: ops without a converter: ``node``, ``op``, ``module``, ``reason``.
+    """
+
+    ops: Mapping[str, int]
+    collectives: Sequence[Mapping[str, Any]]
+    inputs: Sequence[Mapping[str, Any]]
+    outputs: Sequence[Any]
+    bytes: int
+    unsupported: Sequence[Mapping[str, str]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data for JSON."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def summarise(gm: fx.GraphModule, converted: Converted) -> GeSummary:
+    """Summarise the GE graph that ``gm`` became."""
+    concrete = converted.concrete
+    graph = concrete.graph
+    return GeSummary(
+        dict(sorted(Counter(op.type for op in graph.op).items(), key=lambda item: (-item[1], item[0]))),
+        _collectives(gm, graph),
+        _inputs(converted),
+        _outputs(converted),
+        len(graph.SerializeToString()),
+        [vars(u) for u in converted.unsupported],
+    )
+
+
+def write(folder: Path, gm: fx.GraphModule, converted: Converted) -> GeSummary:
+    """Write the graph as text and serialised, the options for GE, and the summary, to ``folder``."""
+    from torchair._ge_concrete_graph import fx2ge_converter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    concrete = converted.concrete
+    concrete.dump(str(folder / TEXT))
+    (folder / MODEL).write_bytes(concrete.graph.SerializeToString())
+    fx2ge_converter._generate_export_options_config(*concrete._normalize_ge_option(), str(folder))
+    summary = summarise(gm, converted)
+    (folder / SUMMARY).write_text(json.dumps(summary.to_dict(), indent=1) + "\n", encoding="utf-8")
+    return summary
+
+
+def _collectives(gm: fx.GraphModule, graph: Any) -> list[dict[str, Any]]:
+    """Torchair converts collectives one to one and in order."""
+    ops = [op for op in graph.op if op.type.startswith("Hcom") or "group" in op.attr]
+    nodes = [node for node in gm.graph.nodes if is_collective(node) or _fused(node)]
+    rows = []
+    for index, op in enumerate(ops):
+        group = op.attr["group"].s.decode()
+        ranks = [int(rank) for rank in group.partition("rank_list=")[2].split(",") if rank]
+        node = nodes[index] if len(nodes) == len(ops) else None
+        rows.append(
+            {
+                "op": op.type,
+                "name": op.name,
+                "group": group,
+                "ranks": ranks or list(graph.used_process_group.get(group, ([],))[0]),
+                "sends": str(_bytes(node)) if node is not None else "",
+                "module": module_of(node) if node is not None else "",
+            }
+        )
+    return rows
+
+
+def _fused(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(argument.name == "hcom" for argument in schema.arguments)
+
+
+def _bytes(node: fx.Node) -> Any:
+    """What a rank gives to the collective, in bytes."""
+    value = bound(node)[0].meta["val"]
+    return product([size_expr(size) for size in value.shape]) * value.element_size()
+
+
+def _inputs(converted: Converted) -> list[dict[str, Any]]:
+    concrete = converted.concrete
+    data = {op.attr["index"].i: op for op in concrete.graph.op if op.type in ("Data", "RefData")}
+    rows = []
+    for index, info in enumerate(concrete._input_info_list):
+        packed = getattr(info.func, "fx_input_idx_list", None)  # sizes as one tensor
+        of: Any = [converted.used[i] for i in packed] if packed else converted.used[info.func.fx_input_idx]
+        rows.append({"name": data[index].name, "of": of, "shape": list(info.shape), "dtype": _dtype(data[index])})
+    return rows
+
+
+def _dtype(op: Any) -> str:
+    from torchair._ge_concrete_graph.ge_ir_pb2 import DataType
+
+    return str(DataType.Name(op.output_desc[0].dtype))
+
+
+def _outputs(converted: Converted) -> list[Any]:
+    concrete, rows = converted.concrete, list[Any]()
+    for index, output in enumerate(concrete._fx_outputs):
+        if index in concrete._fx_outputs_mapping:
+            rows.append(concrete._fx_outputs_mapping[index])
+        elif hasattr(output, "_fx_input_index"):
+            rows.append({"view of input": converted.used[output._fx_input_index]})
+        else:
+            rows.append({"value": str(getattr(output, "_ori_meta_sym", output))})
+    return rows

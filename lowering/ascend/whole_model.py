@@ -1,0 +1,64 @@
+"""A whole model's GE graphs, rank by rank, as ``cpcompile lower`` writes them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpcompile.compiled import Compiled
+from cpcompile.lowering.ascend.conversion import Unsupported, remedy
+from cpcompile.lowering.ascend.export import export
+from cpcompile.lowering.ascend.ge_graph import GeSummary
+from cpcompile.lowering.targets import Settings
+from cpcompile.passes.specialise import sizes_for, specialise
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """One rank's GE graph.
+
+    Args:
+        folder: where it is.
+        summary: what is in it.
+        unsupported: what is not.
+    """
+
+    folder: Path
+    summary: GeSummary
+    unsupported: list[Unsupported]
+
+    def lines(self) -> Iterator[str]:
+        """The summary for people."""
+        total = sum(self.summary.ops.values())
+        yield f"{self.folder}: {total} GE ops of {len(self.summary.ops)} types, {self.summary.bytes:,} bytes"
+        most = [f"{count} {op}" for op, count in list(self.summary.ops.items())[:12]]
+        yield f"  {', '.join(most)}{', ...' if len(self.summary.ops) > 12 else ''}"
+        groups = Counter((row["op"], row["group"]) for row in self.summary.collectives)
+        for (op, group), count in groups.items():
+            yield f"  {count} {op} over {group}"
+        for (op, module), count in Counter((u.op, u.module) for u in self.unsupported).items():
+            first = next(u for u in self.unsupported if (u.op, u.module) == (op, module))
+            yield f"  NOT LOWERED: {count} {op} in {module or 'no module'}: {remedy(first)}"
+
+
+def lower_rank(compiled: Compiled, tokens: int, static: bool, folder: Path, settings: Settings) -> Lowered:
+    """Write the graph that runs for ``tokens`` tokens.
+
+    Args:
+        compiled: the outcome of the pipeline on one rank, whose process groups are alive.
+        tokens: the token count T.
+        static: a graph for that T alone, in which all sizes are constants; else for all T that the variant serves.
+        folder: where to write.
+        settings: what the target is told.
+
+    Raises:
+        OptionError: ``static``, and T does not determine the graph's sizes.
+        AscendError: torch_npu is missing or does not fit.
+    """
+    gm = compiled.at(tokens).gm
+    if static:
+        gm = specialise(gm, sizes_for(gm, compiled.tokens, tokens))
+    summary, unsupported = export(gm, folder, settings)
+    return Lowered(folder, summary, unsupported)

@@ -1,0 +1,105 @@
+"""GE forms: ATen ops that torchair cannot convert -> equal ones that it can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.fx as fx
+
+from cpcompile.passes.base import PassResult
+from cpcompile.passes.collectives import arguments, emit, erase
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class GeForms:
+    """``aten::index_put``, ``aten::squeeze.dims``, ``aten::constant_pad_nd`` -> ``where``, ``squeeze.dim``, ``cat``.
+
+    Before: a scalar put where a mask of the value's leading dims says; several dims squeezed at once; rows appended
+    whose number is an expression in the sizes.
+    After: a choice between the value and the scalar; one squeeze for each dim, from the last; a tensor of the rows.
+
+    Refuses, with the reason, other puts, and cutting rows off by an expression.
+    """
+
+    name = "ge-forms"
+
+    def __call__(self, gm: fx.GraphModule) -> PassResult:
+        """Rewrite ``gm`` in place."""
+        result = PassResult()
+        for node in list(gm.graph.nodes):
+            form = FORMS.get(node.target) if node.op == "call_function" else None
+            if form is None:
+                continue
+            made = form(node)
+            if isinstance(made, str):
+                result.refuse(node, made)
+            if isinstance(made, str) or made is node:
+                continue
+            node.replace_all_uses_with(made)
+            erase(node)
+            result.rewrites += 1
+        if result.rewrites:
+            gm.graph.lint()
+            gm.recompile()
+        return result
+
+
+def _masked_put(node: fx.Node) -> fx.Node | str:
+    given = arguments(node)
+    source, values, indices = given["self"], given["values"], given["indices"]
+    mask = indices[0] if len(indices) == 1 else None
+    if mask is None or mask.meta["val"].dtype != torch.bool or given["accumulate"]:
+        return "only one mask, without accumulation, is a choice between two values"
+    if values.meta["val"].numel() != 1:
+        return "values of a mask's places are not where they go: only a scalar can be chosen"
+    if values.meta["val"].dtype != source.meta["val"].dtype:
+        return "the values have another dtype"
+    for _ in range(source.meta["val"].ndim - mask.meta["val"].ndim):
+        mask = emit(node, aten.unsqueeze.default, mask, -1)
+    return emit(node, aten.where.self, mask, values, source)
+
+
+def _squeezes(node: fx.Node) -> fx.Node | str:
+    given = arguments(node)
+    made: fx.Node = given["self"]
+    ndim = made.meta["val"].ndim
+    for dim in sorted((dim % ndim for dim in given["dim"]), reverse=True):
+        made = emit(node, aten.squeeze.dim, made, dim)
+    return made
+
+
+def _appended(node: fx.Node) -> fx.Node | str:
+    given = arguments(node)
+    made: fx.Node = given["self"]
+    pads = given["pad"]
+    if not any(isinstance(pad, fx.Node) for pad in pads):
+        return node  # torchair has a converter for constants
+    if any(isinstance(pad, int) and pad < 0 for pad in pads):
+        return "negative padding next to an expression"
+    for pair, (before, behind) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
+        dim = made.meta["val"].ndim - 1 - pair
+        rows = [slices(node, made, dim, n, given["value"]) if n != 0 else None for n in (before, behind)]
+        parts = [part for part in (rows[0], made, rows[1]) if part is not None]
+        made = emit(node, aten.cat.default, parts, dim) if len(parts) > 1 else made
+    return made
+
+
+def slices(node: fx.Node, like: fx.Node, dim: int, count: fx.Node | int, value: float) -> fx.Node:
+    """Ahead of ``node``, ``count`` slices along ``dim`` that hold ``value``, else as ``like`` is."""
+    shape: list[fx.Node | int] = [
+        size if isinstance(size, int) else emit(node, aten.sym_size.int, like, d)
+        for d, size in enumerate(like.meta["val"].shape)
+    ]
+    shape[dim] = count
+    return emit(node, aten.new_full.default, like, shape, value)
+
+
+FORMS: Mapping[object, Callable[[fx.Node], fx.Node | str]] = {
+    aten.index_put.default: _masked_put,
+    aten.squeeze.dims: _squeezes,
+    aten.constant_pad_nd.default: _appended,
+}

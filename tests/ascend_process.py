@@ -1,0 +1,43 @@
+"""A process with torch_npu in host mode: importing it changes torch, which is not for the other tests' process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+# Where `make test` installs torch_npu: apart, as the transformers library imports it wherever it is installed.
+FOLDER = Path(sys.prefix) / "ascend"
+
+
+def torch_npu_folder() -> list[str]:
+    """What to put on the path for torch_npu, if it is not there already."""
+    return [] if any(d.metadata["Name"] == "torch_npu" for d in distributions()) else [str(FOLDER)]
+
+
+class AscendProcess:
+    """Runs functions of test modules in host mode, one after another."""
+
+    def __init__(self) -> None:
+        os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, context, initializer=_start, initargs=(torch_npu_folder(),))
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What ``function(*args)`` gives or raises there."""
+        return self.pool.submit(function, *args).result()
+
+
+def _start(folder: list[str]) -> None:
+    sys.path += folder
+    from cpcompile.lowering.targets import prepare
+
+    prepare("ge-export")
+    import torch
+
+    torch.set_num_threads(1)
