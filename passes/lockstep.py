@@ -49,7 +49,7 @@ class RankProgram:
 
 
 @dataclass(frozen=True)
-class _Arrival:
+class Arrival:
     """A rank that stands at a collective: ``tensors`` are its operands, ``arguments`` the rest, by schema name."""
 
     rank: int
@@ -62,13 +62,16 @@ class _Arrival:
 
     @property
     def kind(self) -> str:
+        """The collective's name, such as ``"all_reduce"``."""
         return kind_of(self.target)
 
     @functools.cached_property
     def facets(self) -> list[tuple[str, object]]:
+        """What must agree over the group."""
         return facets_of(self.target, self.tensors, self.arguments)
 
     def fault(self, reason: str) -> LockstepError:
+        """An error at this collective."""
         return LockstepError(f"rank {self.rank}: {self.kind} {self.node!r} of group {self.group}: {reason}")
 
 
@@ -84,7 +87,7 @@ class _Rank(fx.Interpreter):
             raise LockstepError(f"rank {rank}: expected {expected} inputs, one per placeholder, found {found}")
         self.args_iter = iter(program.inputs)
 
-    def run_until_collectives(self) -> Generator[_Arrival, object, object]:
+    def run_until_collectives(self) -> Generator[Arrival, object, object]:
         output: object = None
         for node in self.graph.nodes:
             # wait_tensor runs as any other node: without pending work it is the identity.
@@ -113,7 +116,7 @@ class _Rank(fx.Interpreter):
         if not node.users:
             del self.env[node]
 
-    def _arrive(self, node: fx.Node) -> _Arrival:
+    def _arrive(self, node: fx.Node) -> Arrival:
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         assert isinstance(node.target, OpOverload)
         arguments = bind(node.target, args, kwargs)
@@ -121,14 +124,14 @@ class _Rank(fx.Interpreter):
         tensors = list(operands) if isinstance(operands, (list, tuple)) else [operands]
         group = arguments.pop("group_name")
         members = self.program.groups.get(group)
-        arrival = _Arrival(self.rank, node.name, node.target, group, tuple(members or ()), tensors, arguments)
+        arrival = Arrival(self.rank, node.name, node.target, group, tuple(members or ()), tensors, arguments)
         if members is None:
             raise arrival.fault(f"this rank does not know the group{nearest(str(group), self.program.groups)}")
-        _check_alone(arrival, self.world_size)
+        check_alone(arrival, self.world_size)
         return arrival
 
 
-def _check_alone(arrival: _Arrival, world_size: int) -> None:
+def check_alone(arrival: Arrival, world_size: int) -> None:
     """Check what one rank can know: membership, group size, reduce op, operands."""
     members, arguments = arrival.members, arrival.arguments
     if arrival.rank not in members:
@@ -148,7 +151,7 @@ def _check_alone(arrival: _Arrival, world_size: int) -> None:
             raise arrival.fault(reason)
 
 
-def _check_alike(one: _Arrival, other: _Arrival) -> None:
+def _check_alike(one: Arrival, other: Arrival) -> None:
     """Check that two ranks that wait for the same group stand at the same collective, on operands that go together."""
     for (facet, mine), (_, theirs) in zip(one.facets, other.facets, strict=True):
         if mine != theirs:
@@ -160,7 +163,7 @@ def _check_alike(one: _Arrival, other: _Arrival) -> None:
             )
 
 
-def _perform(arrivals: Sequence[_Arrival]) -> dict[int, object]:
+def _perform(arrivals: Sequence[Arrival]) -> dict[int, object]:
     """Run one collective whose ranks are all here, in group order; return each rank's result."""
     operands = zip(*(arrival.tensors for arrival in arrivals), strict=True)
     arguments = [arrival.arguments for arrival in arrivals]
@@ -183,9 +186,9 @@ def _perform(arrivals: Sequence[_Arrival]) -> dict[int, object]:
     }
 
 
-def _perform_ready(waiting: dict[int, _Arrival]) -> dict[int, object]:
+def _perform_ready(waiting: dict[int, Arrival]) -> dict[int, object]:
     """Run every collective that is complete, take its ranks out of ``waiting`` and return what each is resumed with."""
-    rooms: dict[tuple[str, tuple[int, ...]], list[_Arrival]] = {}
+    rooms: dict[tuple[str, tuple[int, ...]], list[Arrival]] = {}
     for arrival in waiting.values():
         room = rooms.setdefault((arrival.group, arrival.members), [])
         room.append(arrival)
@@ -198,7 +201,7 @@ def _perform_ready(waiting: dict[int, _Arrival]) -> dict[int, object]:
     return results
 
 
-def _stalled(waiting: Mapping[int, _Arrival]) -> LockstepError:
+def _stalled(waiting: Mapping[int, Arrival]) -> LockstepError:
     """Say who ended too early, who sees a group differently, or where everybody waits, when nobody can go on."""
     for _, arrival in sorted(waiting.items()):
         place = f"rank {arrival.rank} waits at {arrival.kind} {arrival.node!r} of group {arrival.group}"
@@ -259,10 +262,21 @@ def run_lockstep(programs: Sequence[RankProgram]) -> list[object]:
             operands differ in shape or dtype, or do not divide; a group is unknown, differs or lacks the rank; a
             node is no known collective (see ``lockstep_collectives.refusal``), or fails (the cause is chained).
     """
-    runs = [_Rank(rank, len(programs), program).run_until_collectives() for rank, program in enumerate(programs)]
-    outputs: list[object] = [None] * len(programs)
-    waiting: dict[int, _Arrival] = {}
-    results: dict[int, object] = dict.fromkeys(range(len(programs)))
+    return drive([_Rank(rank, len(programs), program).run_until_collectives() for rank, program in enumerate(programs)])
+
+
+def drive(runs: Sequence[Generator[Arrival, object, object]]) -> list[object]:
+    """Run one generator per global rank in lockstep: each yields where it stands and is sent that collective's result.
+
+    Returns:
+        What each generator returns.
+
+    Raises:
+        LockstepError: the ranks' collectives do not go together, or one ends while others wait.
+    """
+    outputs: list[object] = [None] * len(runs)
+    waiting: dict[int, Arrival] = {}
+    results: dict[int, object] = dict.fromkeys(range(len(runs)))
     while results:
         for rank in sorted(results):
             try:

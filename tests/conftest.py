@@ -90,14 +90,13 @@ class Case:
         return self.whole(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
-def make(kind: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+def make(kind: str, dtype: torch.dtype = torch.float32, layers: int = 2, **changes: Any) -> Any:
     """The model of a case. In bfloat16, routing and the indexer's choice are fixed: see ``_fix_choices``."""
-    changes: dict[str, Any] = {}
     if dtype != torch.float32:
         changes["moe_intermediate_size"] = 192  # torch's grouped product wants rows of whole 16 bytes, on 8 ranks too
         if kind == "v32":
             changes["index_topk"] = 64
-    model = models.build(models.tiny_config(kind, **changes), dtype)
+    model = models.build(models.tiny_config(kind, layers, **changes), dtype)
     return model if dtype == torch.float32 else _fix_choices(model)
 
 
