@@ -178,8 +178,8 @@ class Arguments:
         elif self.reads_no_data(node):
             value = node.args[0].meta["val"]  # type: ignore[union-attr]
             args = (value.dtype, value.device, sizes or args[1], *args[2:])
-        frozen = tuple([self._freeze(a, at) for a in args])
-        kwargs = tuple([(k, self._freeze(v, at)) for k, v in sorted(node.kwargs.items())])
+        frozen = tuple([self.frozen(a, at) for a in args])
+        kwargs = tuple([(k, self.frozen(v, at)) for k, v in sorted(node.kwargs.items())])
         if name.startswith("_c10d_functional::"):
             frozen = tuple("this axis" if isinstance(a, str) and self.axis.owns(a) else a for a in frozen)
         if name in BY_STORAGE:
@@ -188,9 +188,10 @@ class Arguments:
 
     def constant(self, value: object) -> object:
         """A graph output that is no tensor, for comparison."""
-        return self._freeze(value, {}) if not isinstance(value, fx.Node) or value in self.sizes else value.name
+        return self.frozen(value, {}) if not isinstance(value, fx.Node) or value in self.sizes else value.name
 
-    def _freeze(self, value: Any, at: Mapping[fx.Node, View]) -> object:
+    def frozen(self, value: Any, at: Mapping[fx.Node, View]) -> object:
+        """An argument for comparison: the views that tensors are, and numbers with their types."""
         if isinstance(value, fx.Node):
             if value in at:
                 return at[value]
@@ -198,7 +199,7 @@ class Arguments:
                 return ("number", self.sizes[value])
             raise Refused(f"nothing is known of {value}")
         if isinstance(value, list | tuple):
-            return tuple([self._freeze(v, at) for v in value])
+            return tuple([self.frozen(v, at) for v in value])
         # 1, 1.0 and True are equal in Python and not as arguments; nan differs from itself.
         if isinstance(value, bool | float | complex):
             return (type(value).__name__, repr(value))

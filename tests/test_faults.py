@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import test_serving_form
+import test_verify_modules
 import torch
 import torch.fx as fx
 from conftest import SharedRanks
@@ -195,4 +196,6 @@ def test_the_table_is_what_was_found() -> None:
     rows = re.findall(r"^\| ([a-z ]+) \| (.+?) \| (static.*?|numeric) \|$", TABLE.read_text(encoding="utf-8"), re.M)
     seeded = {(fault.seed.__name__, fault.where, fault.caught_by) for fault in FAULTS}
     seeded |= {(seed.__name__, "paged caches", "static") for seed in test_serving_form.FAULTS}
+    modules = [*test_verify_modules.MODEL_FAULTS, *test_verify_modules.HAND_FAULTS]
+    seeded |= {(fault.name, fault.where, fault.caught_by) for fault in modules}
     assert {(name.replace(" ", "_"), where, by) for name, where, by in rows} == seeded
