@@ -1,7 +1,7 @@
-"""The proof of FlashComm 2: every rank holds the rows and columns that it should, for every T, and nothing else changed.
+"""The proof of FlashComm 2: every rank has the rows and columns that it should, for every T, and nothing else changed.
 
-Elements are followed by index arithmetic. A tensor of rank r = i + jG holds, at each place, an element of what all ranks
-hold: ``rank*S + row*width + column``, which is a sum of digits (``verify_index``) and of multiples of i and j. An
+Elements are followed by index arithmetic. A tensor of rank r = i + jG holds, at each place, an element of what all
+ranks hold: ``rank*S + row*width + column``, which is a sum of digits (``verify_index``) and of multiples of i and j. An
 all-to-all, a reduce-scatter and an all-gather exchange i or j for a digit. Each sum over tp of the original is so a
 statement; a value of the rewritten graph with the same statement is that sum. All other calls must be the original's
 (``verify_same_calls``). Shares no code with the pass. Rows of padding may hold anything.
@@ -83,7 +83,9 @@ def prove_flashcomm2(
     recipes: Mapping[str, Any],
     same_on_ranks: Callable[[str], bool],
 ) -> Proof:
-    """Prove that ``rewritten`` with inputs changed by ``recipes`` computes what ``original`` does, on any rank.
+    """Prove that ``rewritten`` with inputs changed by ``recipes`` computes what ``original`` does.
+
+    All ranks of tp run graphs that are alike but for the rows and vocabulary that each takes as its own.
 
     Args:
         original: functional ATen graph of one rank, ``meta["val"]`` set.
@@ -319,6 +321,10 @@ class _Prover:
             self._state(node, value)
         elif node not in self.copies.at:
             assert reason is not None
+            moved = next((n for n in node.all_input_nodes if n in self.values and n not in self.copies.at), None)
+            if moved is not None and reason.specific <= 1:
+                found = self.moves.rows(self.values[moved])
+                raise Refused(f"expected {moved} to be a sum of the original; found {found}")
             raise reason
 
     def _is_known(self, node: fx.Node) -> bool:

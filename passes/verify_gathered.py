@@ -127,15 +127,16 @@ class GatheredWeights:
 
     def _dim(self, old: fx.Node, operand: fx.Node, dim: int) -> int:
         """Where dim ``dim`` of ``operand`` is in the result of ``old``."""
-        name, ndim = op_name(old.target), operand.meta["val"].dim()
+        name, ndim = op_name(old.target), len(tensor_shape(operand.meta["val"]))
         args = self.original.arguments.arguments(old)
         if name in _UNCHANGED:
             return dim
         if name == "aten::permute":
-            return [d % ndim for d in args["dims"]].index(dim)
+            order: list[int] = [d % ndim for d in args["dims"]]
+            return order.index(dim)
         if name in ("aten::t", "aten::transpose"):
             a, b = (args["dim0"] % ndim, args["dim1"] % ndim) if name == "aten::transpose" else (0, ndim - 1)
-            return {a: b, b: a}.get(dim, dim)
+            return int({a: b, b: a}.get(dim, dim))
         return dim + len(tensor_shape(old.meta["val"])) - ndim
 
 

@@ -90,7 +90,9 @@ class Copies:
         if node.op in ("placeholder", "get_attr"):
             key: object = (node.op, node.target)
         else:
-            unknown = next((n for n in node.all_input_nodes if n not in self.at and n not in self.arguments.sizes), None)
+            unknown = next(
+                (n for n in node.all_input_nodes if n not in self.at and n not in self.arguments.sizes), None
+            )
             if unknown is not None:
                 raise Refused(f"expected a value of the original; found {unknown}, which was not proven to be one")
             key = self.arguments.key(node, self.at, self.original.volatile)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed._functional_collectives as funcol
 import torch.fx as fx
 from conftest import Case, case
-from simulate import real_inputs
+from simulate import fake_rank, real_inputs
+from torch import nn
 
-from cpcompile.axes import Axis
+from cpcompile.axes import Axis, axis_of
+from cpcompile.capture import Trace, capture
 from cpcompile.mesh import Sizes, rank_groups
 from cpcompile.passes.canonicalise import Canonicalise
 from cpcompile.passes.flash_sites import FlashGroups
@@ -100,3 +104,87 @@ def close(found: torch.Tensor, expected: torch.Tensor, what: object) -> None:
     assert found.shape == expected.shape
     error = ((found - expected).norm() / expected.norm()).item()
     assert error <= TOLERANCE, f"{what}: {error:.1e}"
+
+
+class Rows(nn.Module):
+    """``sum over ranks (table[ids] @ (weight * scale * scale_in).T + bias)``: rows and weight differ between ranks."""
+
+    def __init__(self, rank: int, size: int, group: Any, quantised: bool, bias: bool) -> None:
+        super().__init__()
+        self.group, self.quantised = group, quantised
+        generator = torch.Generator().manual_seed(rank)
+
+        def parameter(*shape: int, seeded: torch.Generator = generator) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=seeded), requires_grad=False)
+
+        self.table, self.weight = parameter(32, 12), parameter(8, 12)
+        if quantised:
+            self.weight = nn.Parameter((self.weight * 20).to(torch.int8), requires_grad=False)
+            self.scale = parameter(8, 1, seeded=torch.Generator().manual_seed(size))
+            self.scale_in = parameter(1, 12)
+        self.bias = parameter(8) if bias else None
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.float() * self.scale * self.scale_in if self.quantised else self.weight
+        out = nn.functional.linear(self.table[ids], weight, self.bias)
+        return out if self.group is None else funcol.all_reduce(out, "sum", self.group).relu()
+
+
+@dataclass
+class Projection:
+    """Every rank's trace of ``Rows``."""
+
+    modules: list[Rows]
+    traces: list[Trace]
+    axes: list[Axis]
+
+    def copy(self, rank: int) -> fx.GraphModule:
+        return fx.GraphModule(self.traces[rank].gm, copy_graph(self.traces[rank].gm.graph))
+
+    def products(self, gm: fx.GraphModule) -> list[str]:
+        forms = ("aten.mm.default", "aten.addmm.default", "aten._scaled_mm.default")
+        return [n.name for n in gm.graph.nodes if str(n.target) in forms]
+
+    def names(self, *parameters: str) -> set[str]:
+        """Names in the graph of ``parameters``."""
+        nodes = self.traces[0].gm.graph.find_nodes(op="placeholder")
+        return {n.name for n, i in zip(nodes, self.traces[0].inputs, strict=True) if i.name in parameters}
+
+    def inputs(self, rank: int, ids: torch.Tensor) -> dict[str, Any]:
+        nodes = self.traces[rank].gm.graph.find_nodes(op="placeholder")
+        return dict(zip([n.name for n in nodes], real_inputs(self.traces[rank], ids), strict=True))
+
+
+@functools.cache
+def projection(size: int, quantised: bool = False, bias: bool = False) -> Projection:
+    found = Projection([], [], [])
+    for rank in range(size):
+        with fake_rank(rank, size) as mesh:
+            module = Rows(rank, size, mesh.get_group(), quantised, bias)
+            trace = capture(module, torch.zeros(10, dtype=torch.long))
+            Canonicalise()(trace.gm)
+            found.axes.append(axis_of("tp", mesh))
+        found.modules.append(module)
+        found.traces.append(trace)
+    return found
+
+
+def project(
+    made: Projection, otp: int, tokens: int, same: Collection[str]
+) -> tuple[list[FlashGraph], list[torch.Tensor], torch.Tensor]:
+    """``made`` with FlashComm 2: the graphs, what ranks return for ``tokens`` rows, and what they should."""
+    ids = torch.randint(0, 32, (tokens,), generator=torch.Generator().manual_seed(tokens))
+    groups = [groups_of(axis, otp) for axis in made.axes]
+    same = made.names(*same)
+    every = [use_flashcomm2(t.gm, made.products(t.gm), g, same) for t, g in zip(made.traces, groups, strict=True)]
+    named = carried_out([made.inputs(r, ids) for r in range(len(every))], [g.recipes for g in every])
+    programs = [
+        RankProgram(graph.gm, list(values.values()), {a.group_name: a.ranks for a in (g.tp, g.otp, g.odp)})
+        for graph, values, g in zip(every, named, groups, strict=True)
+    ]
+    whole = []
+    for module in made.modules:
+        module.group = None
+        whole.append(module(ids))
+    expected = torch.stack(whole).sum(0).relu()
+    return every, [output[0] for output in run_lockstep(programs)], expected  # type: ignore[index]
