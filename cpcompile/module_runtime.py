@@ -11,13 +11,14 @@ import torch
 import torch.fx as fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from cpcompile.axes import resolve_group
 from cpcompile.compiled import Compiled, token_reader
 from cpcompile.errors import OptionError
 from cpcompile.graph_inputs import GraphInput
 from cpcompile.idle import register
 from cpcompile.module_tp import Sharing
 from cpcompile.options import Options
-from cpcompile.passes.weight_cuts import cut_tensor
+from cpcompile.passes.weight_recipes import Recipe, carry_out, collect_over
 from cpcompile.replication import fingerprint
 from cpcompile.weights import local_tensor, part_of, release
 
@@ -27,10 +28,10 @@ log = logging.getLogger("cpcompile")
 def keep_parts(compiled: Compiled, inputs: Sequence[GraphInput], options: Options) -> dict[int, torch.Tensor]:
     """This rank's parts of the weights that it shares, by the place of the graph input that they stand for."""
     sharing = compiled.sharing
-    if sharing is None or not sharing.modules:
+    if sharing is None or not sharing.recipes:
         return {}
     names = [node.name for node in compiled.original.graph.find_nodes(op="placeholder")]
-    places = {names.index(name): name for name in sharing.cuts}
+    places = {names.index(name): name for name in sharing.recipes}
     with torch.no_grad(), _disable_current_modes():  # the backend runs under dynamo's fake mode
         parts = _made(places, sharing, inputs, options)
     if sharing.idle is not None:
@@ -45,14 +46,20 @@ def _made(
 ) -> dict[int, torch.Tensor]:
     parts, freed = {}, 0
     for place, name in places.items():
-        whole, cut, axis = local_tensor(inputs[place].value), sharing.cuts[name], sharing.axes[name]
-        make = functools.partial(cut_tensor, cut=cut, part=axis.rank)
-        parts[place] = part_of(whole, (cut, axis.ranks, axis.rank), make)
+        whole, recipes = local_tensor(inputs[place].value), sharing.recipes[name]
+        parts[place] = part_of(whole, recipes, functools.partial(_carried_out, recipes=recipes))
         if options.release_weights:  # one after another: no more than one weight is there twice
             freed += release(whole, fingerprint)
     if freed:
         log.info("cpcompile: %d bytes of whole weights released", freed)
     return parts
+
+
+def _carried_out(tensor: torch.Tensor, recipes: Sequence[Recipe]) -> torch.Tensor:
+    collect = collect_over(lambda axis: resolve_group(axis.group_name))
+    for recipe in recipes:
+        tensor = carry_out(tensor, recipe, collect)
+    return tensor
 
 
 def examples_of(gm: fx.GraphModule, aot_inputs: Sequence[Any], parts: Collection[int]) -> list[Any]:
@@ -67,8 +74,7 @@ def row_limits(compiled: Compiled, options: Options) -> Callable[[Sequence[Any]]
     Raises:
         OptionError: the numbers of rows cannot be told from the model's inputs.
     """
-    graphs = compiled.sharing.graphs if compiled.sharing else []
-    limited = {rows for graph in graphs for rows in graph.most_rows if not rows.is_number}
+    limited = {rows for rows in (compiled.sharing.limited if compiled.sharing else ()) if not rows.is_number}
     readers = [token_reader(compiled.original, rows) for rows in limited]
     if None in readers:
         raise OptionError(

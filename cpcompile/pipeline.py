@@ -23,7 +23,7 @@ from cpcompile.costs import HardwareProfile, profile
 from cpcompile.errors import AxisError, CpcompileError, PlanError, RequirementError
 from cpcompile.exchange import Exchange
 from cpcompile.graph_inputs import GraphInput, meshes_of
-from cpcompile.module_tp import module_axes, share
+from cpcompile.module_tp import module_axes
 from cpcompile.options import Options
 from cpcompile.passes.canonicalise import Canonicalise
 from cpcompile.passes.collectives import find_all_reduces, group_name_of, is_collective
@@ -41,6 +41,7 @@ from cpcompile.passes.verify_static import prove
 from cpcompile.plan import AxisPlan, Interval, Plan
 from cpcompile.replication import exchange_facts, structure_fingerprint
 from cpcompile.report import Collective, PassRun, Report
+from cpcompile.share_weights import ShareWeights
 
 log = logging.getLogger("cpcompile")
 
@@ -76,14 +77,15 @@ def compile_graph(
         options: the user's options.
         exchange_for: how to reach the other ranks of an axis.
         axes: the axes, where the caller knows them; else found from ``options.axes`` and the graph.
-        modules: role → the ranks that share such modules, where the caller knows them; else from the options.
+        modules: kind of group → its ranks, for weights that ranks share, where the caller knows them; else from the
+            options.
 
     Raises:
         AxisError, PlanError: the axes or the plan do not fit the graph.
         RequirementError: something that ``options.require`` names was not rewritten, or a proof failed under it.
         GroupError: a module is to be shared, and its ranks are not given.
     """
-    roles = module_axes(options) if modules is None else modules
+    kinds = module_axes(options) if modules is None else modules
     runner = Runner()
     original = fx.GraphModule(gm, copy_graph(gm.graph))
     runner.run("canonicalise", Canonicalise(), gm)
@@ -94,8 +96,8 @@ def compile_graph(
         runner.run("recognise-routed-experts", RecogniseRoutedExperts(), gm)
     result = Compiled(original, [Variant(0, None, original)], Plan(), passes=runner.runs)
     _place(gm, inputs, options, exchange_for, axes, result, runner)
-    if roles:
-        _share(gm, inputs, options, exchange_for, roles, result, runner)
+    if kinds:
+        _share(gm, inputs, options, exchange_for, kinds, result, runner)
     return result
 
 
@@ -327,10 +329,8 @@ def _materialise(
     if last is not None and last < first:
         return None
     if interval.unchanged:
-        steps, same = (
-            [*variant.steps, Step(graph, interval, [], plan)],
-            frozenset(n.name for n in graph.known.replicated),
-        )
+        same = frozenset(node.name for node in graph.known.replicated)
+        steps = [*variant.steps, Step(graph, interval, [], plan)]
         return replace(variant, first=first, last=last, steps=steps, same=same)
     gm = runner.run("materialise", materialise, variant.gm, graph, interval)
     changed = sum(route != "reduce" for route in interval.raises.values())
@@ -357,22 +357,22 @@ def _share(
     inputs: Sequence[GraphInput],
     options: Options,
     exchange_for: Callable[[Axis], Exchange],
-    roles: Mapping[str, Axis],
+    kinds: Mapping[str, Axis],
     result: Compiled,
     runner: Runner,
 ) -> None:
-    """Share modules in every variant, or in none on any rank."""
+    """Share weights in every variant, or in none on any rank."""
     exchange_for = functools.cache(exchange_for)
     variants = result.variants if result.rewritten else [Variant(0, None, gm)]
-    graphs = [(variant.gm, variant.same) for variant in variants]
-    sharing = runner.run("share-modules", share, gm, graphs, inputs, roles, result.axes, options, exchange_for)
-    runner.runs[-1] = replace(runner.runs[-1], rewrites=len(sharing.modules))
-    failure = sharing.settle("", exchange_for)
+    work = ShareWeights(gm, inputs, options, exchange_for, kinds, result, runner.run)
+    failure = work.sharing.settle(work.run(variants), exchange_for)
+    sharing = work.sharing.refused(failure) if failure else work.sharing
     if failure:
-        log.warning("cpcompile: no module is shared: %s", failure)
-        sharing = sharing.refused(failure)
-    if sharing.modules:
-        result.variants = [replace(v, gm=g.gm) for v, g in zip(variants, sharing.graphs, strict=True)]
+        log.warning("cpcompile: no weight is shared: %s", failure)
+        if options.require:
+            raise RequirementError(f"not shared: {failure}")
+    elif sharing.recipes:
+        result.variants = [replace(v, gm=made) for v, made in zip(variants, sharing.graphs, strict=True)]
     result.sharing = sharing
 
 

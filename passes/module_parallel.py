@@ -149,6 +149,23 @@ def cuts_of(gm: fx.GraphModule, module: SharedModule) -> Cuts:
     return cuts
 
 
+def read_beside(gm: fx.GraphModule, module: SharedModule, cuts: Cuts) -> list[str]:
+    """Graph inputs that the weights of ``module`` are read with and that stay whole: scales of what is summed over.
+
+    They must be the same on all ranks of its axis, too: they scale other ranks' rows.
+    """
+    nodes = {n.name: n for n in gm.graph.nodes}
+    products = [p for name in module.nodes if (p := product_of(nodes[name])) is not None]
+    pending = [n for p in products for n in (p.weight, *p.per_column)]
+    found: dict[fx.Node, None] = {}
+    while pending:
+        node = pending.pop()
+        if node.op == "placeholder":
+            found[node] = None
+        pending += node.all_input_nodes
+    return [node.name for node in found if node not in cuts.nodes]
+
+
 def _cut_columns(cuts: Cuts, p: Product, segments: int) -> None:
     cuts.cut(p.weight, 1, p.node, segments)
     for vector in (*p.per_column, *([p.bias] if p.bias is not None else [])):

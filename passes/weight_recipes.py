@@ -1,8 +1,7 @@
 """What becomes of a graph input that ranks share in another way than the model was loaded, carried out on real tensors.
 
 A pass says it as data; whoever holds the parameters carries it out once, before the graph first runs: ``carry_out`` is
-a collective of the recipe's ranks for ``Gather`` and ``Sum``, and local for ``Owner``. (``weight_cuts.Cut`` is the one
-recipe that needs no other ranks' tensors; ``weight_cuts.cut_tensor`` carries it out.)
+a collective of the recipe's ranks for ``Gather`` and ``Sum``, and local for ``Owner`` and ``Part``.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from cpcompile.axes import Axis
+from cpcompile.passes.weight_cuts import Cut, cut_tensor
 
 Collect = Callable[[torch.Tensor, Axis], Sequence[torch.Tensor]]
 """``(this rank's tensor, axis)`` to the tensors of all ranks of ``axis``, in rank order: a collective."""
@@ -63,7 +63,20 @@ class Owner:
         return self.axis.rank == self.rank
 
 
-Recipe = Gather | Sum | Owner
+@dataclass(frozen=True)
+class Part:
+    """This rank's part of an input that all ranks of ``axis`` hold whole.
+
+    Args:
+        cut: which part.
+        axis: the ranks.
+    """
+
+    cut: Cut
+    axis: Axis
+
+
+Recipe = Gather | Sum | Owner | Part
 
 
 def carry_out(tensor: torch.Tensor, recipe: Recipe, collect: Collect) -> torch.Tensor:
@@ -76,8 +89,10 @@ def carry_out(tensor: torch.Tensor, recipe: Recipe, collect: Collect) -> torch.T
 
     Returns:
         ``Gather``: ``parts`` times as much along ``dim``; ``Sum``: as much; ``Owner``: as much on the owner,
-        ``[0, ...]`` elsewhere.
+        ``[0, ...]`` elsewhere; ``Part``: the part.
     """
+    if isinstance(recipe, Part):
+        return cut_tensor(tensor.detach(), recipe.cut, recipe.axis.rank)
     if isinstance(recipe, Owner):
         kept = tensor if recipe.keeps else tensor[:0]
         return kept.detach().clone(memory_format=torch.contiguous_format)

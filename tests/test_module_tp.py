@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.fx as fx
 from conftest import TurnTaking, case
-from shared_modules import group_of, ids_of, trace_of
+from shared_modules import group_of, ids_of, model, trace_of
 from simulate import in_threads, none_failed, real_inputs
 from test_context_parallel import prefill
 from test_context_parallel import whole as whole_cp
@@ -27,7 +27,7 @@ from cpcompile.options import Options
 from cpcompile.passes.collective_sequence import check_collective_order
 from cpcompile.passes.collectives import is_collective, op_name
 from cpcompile.passes.lockstep import RankProgram, run_lockstep
-from cpcompile.passes.weight_cuts import cut_tensor
+from cpcompile.passes.weight_recipes import carry_out
 from cpcompile.pipeline import compile_graph, copy_graph
 
 TOLERANCE = 2e-5
@@ -38,12 +38,16 @@ class World:
     """Simulated ranks: each with a trace, an axis over which tokens are the same, and groups that share modules."""
 
     def __init__(
-        self, traces: Sequence[Trace], token_axes: Sequence[Axis], roles: Sequence[Mapping[str, Axis]], **options: Any
+        self,
+        traces: Sequence[Trace],
+        token_axes: Sequence[Axis | None],
+        roles: Sequence[Mapping[str, Axis]],
+        **options: Any,
     ) -> None:
         self.traces, self.token_axes, self.roles = traces, token_axes, roles
         turn = threading.Lock()
         rings: dict[tuple[str, tuple[int, ...]], list[LocalExchange]] = {}
-        for axis in [*token_axes, *(axis for of_rank in roles for axis in of_rank.values())]:
+        for axis in [*filter(None, token_axes), *(axis for of_rank in roles for axis in of_rank.values())]:
             rings.setdefault((axis.name, axis.ranks), LocalExchange.ring(axis.size))
 
         def work(rank: int) -> Compiled:
@@ -55,12 +59,14 @@ class World:
 
             with turn:
                 parsed = Options.parse(options)
-                return compile_graph(gm, trace.inputs, parsed, exchange, [token_axes[rank]], roles[rank])
+                return compile_graph(
+                    gm, trace.inputs, parsed, exchange, [*filter(None, [token_axes[rank]])], roles[rank]
+                )
 
         self.compiled: list[Compiled] = none_failed(in_threads(work, len(traces)))
 
     def groups(self, rank: int) -> dict[str, tuple[int, ...]]:
-        axes = [self.token_axes[rank], *self.roles[rank].values()]
+        axes = [*filter(None, [self.token_axes[rank]]), *self.roles[rank].values()]
         return {axis.group_name: axis.ranks for axis in axes}
 
     def graph(self, rank: int, tokens: int) -> fx.GraphModule:
@@ -71,20 +77,30 @@ class World:
         assert compiled.sharing.idle is not None and not compiled.sharing.not_idle
         return compiled.sharing.idle
 
+    def _values(self, rank: int, tokens: int) -> dict[str, Any]:
+        names = [n.name for n in self.traces[rank].gm.graph.find_nodes(op="placeholder")]
+        return dict(zip(names, real_inputs(self.traces[rank], ids_of(tokens)), strict=True))
+
     def run(self, counts: Sequence[int]) -> list[Any]:
         """Every rank's logits for its number of tokens."""
-        programs = []
+        programs, values = [], [self._values(rank, tokens) for rank, tokens in enumerate(counts)]
+        every = [compiled.sharing.recipes for compiled in self.compiled if compiled.sharing is not None]
+        for name, steps in every[0].items():
+            for index in range(len(steps)):
+                before = [of_rank[name] for of_rank in values]
+                for rank, of_rank in enumerate(values):
+                    collect = functools.partial(_collect, before)
+                    of_rank[name] = carry_out(before[rank], every[rank][name][index], collect)
         for rank, tokens in enumerate(counts):
-            sharing, gm = self.compiled[rank].sharing, self.graph(rank, tokens)
-            assert sharing is not None
-            names = [n.name for n in self.traces[rank].gm.graph.find_nodes(op="placeholder")]
-            values = dict(zip(names, real_inputs(self.traces[rank], ids_of(tokens)), strict=True))
-            for name, cut in sharing.cuts.items():
-                values[name] = cut_tensor(values[name], cut, sharing.axes[name].rank)
-            inputs = [values[n.name] for n in gm.graph.find_nodes(op="placeholder")]
+            gm = self.graph(rank, tokens)
+            inputs = [values[rank][n.name] for n in gm.graph.find_nodes(op="placeholder")]
             programs.append(RankProgram(gm, inputs, self.groups(rank)))
         outputs: list[Any] = run_lockstep(programs)
         return [output[0] if tokens else None for output, tokens in zip(outputs, counts, strict=True)]
+
+
+def _collect(values: Sequence[torch.Tensor], own: torch.Tensor, axis: Axis) -> list[torch.Tensor]:
+    return [values[rank] for rank in axis.ranks]
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, what: object) -> None:
@@ -156,6 +172,53 @@ def test_a_dropped_collective_is_found() -> None:
     broken.graph.erase_node(scatter)
     graphs[3] = broken
     assert not check_collective_order(graphs, [world.groups(rank) for rank in range(DP * TP)]).holds
+
+
+# ---- FlashComm 2, and whole layers by rank ---------------------------------------------------------------------------
+
+
+@functools.cache
+def flash_world(otp: int, strategy: str, layered: bool) -> World:
+    """Four tensor-parallel ranks with FlashComm 2 and, on top of it, whole layers by rank."""
+    size = 4
+    ranks = case("v3", size).ranks
+    groups = rank_groups(Sizes(tp=size, flashcomm2_otp=otp, shared_weight=layered), "vllm")
+    kinds = []
+    for rank in range(size):
+        of_rank = {}
+        for kind in ["flashcomm2_otp", "flashcomm2_odp"] + ["shared_weight"] * layered:
+            members = groups[kind].of(rank)
+            of_rank[kind] = Axis(kind, kind, len(members), members.index(rank), members)
+        kinds.append(of_rank)
+    return World(ranks.traces, ranks.axes, kinds, strategy=strategy, profile="ascend-a3")
+
+
+@pytest.mark.parametrize(
+    ("otp", "strategy", "layered"), [(1, "tp", False), (2, "tp", False), (2, "off", False), (1, "tp", True)]
+)
+def test_flashcomm2_through_the_pipeline(otp: int, strategy: str, layered: bool) -> None:
+    world = flash_world(otp, strategy, layered)
+    methods = ["flashcomm2"] + ["layers"] * layered
+    for compiled in world.compiled:
+        assert [p["method"] for p in compiled.proofs if p["method"] != "static"] == methods
+        assert all(p["holds"] for p in compiled.proofs) and compiled.sharing is not None
+        assert [r.decision for r in compiled.sharing.rows] == ["share"] * (4 if layered else 2)
+    for tokens in (1, 3, 4, 9, 17):
+        for rank, found in enumerate(world.run([tokens] * 4)):
+            close(found, logits(case("v3", 4).whole, tokens), (tokens, rank))
+
+
+def test_layers_by_rank_with_tokens_of_their_own() -> None:
+    """Three replicas, whole o_proj of layer i on rank i % 3; one of them idle."""
+    trace, size = trace_of("v3", 5), 3
+    axes = [Axis("shared_weight", "shared weights", size, rank, tuple(range(size))) for rank in range(size)]
+    world = World([trace] * size, [None] * size, [{"shared_weight": axis} for axis in axes])
+    held = [[row.bytes_after > 0 for row in c.sharing.rows] for c in world.compiled if c.sharing is not None]
+    assert held == [[layer % size == rank for layer in range(5)] for rank in range(size)]
+    counts = [4, 0, 9]
+    for tokens, found in zip(counts, world.run(counts), strict=True):
+        if tokens:
+            close(found, logits(model("v3", 5), tokens), tokens)
 
 
 # ---- context parallelism ---------------------------------------------------------------------------------------------
@@ -261,7 +324,10 @@ def test_ranks_that_would_share_other_modules() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"finegrained_tp_config": {"oproj_tensor_parallel_size": 2}}, "needs its process group: give groups="),
+        (
+            {"finegrained_tp_config": {"oproj_tensor_parallel_size": 2}},
+            "needs the process group 'o_proj': give groups=",
+        ),
         (
             {"finegrained_tp_config": {"oproj_tensor_parallel_size": 2}, "groups": {"oproj": None}},
             "groups has none of kind 'o_proj' .did you mean 'oproj'",

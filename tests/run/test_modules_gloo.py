@@ -9,15 +9,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from models import TINY, build, tiny_config
+from models import TINY, build, shard, tiny_config
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import cpcompile
 from cpcompile.errors import OptionError, ParameterChangedError
 from cpcompile.idle import IdleStepError, idle_step
 from cpcompile.mesh import Sizes, rank_groups
 from cpcompile.mesh.process_groups import ProcessGroups
-from cpcompile.weights import is_released
+from cpcompile.weights import is_released, local_tensor
 
 WORLD, TOLERANCE = 2, 2e-5
 ROLES = {"oproj": "o_proj", "lmhead": "lm_head", "embedding": "embedding", "mlp": "mlp"}
@@ -107,7 +108,34 @@ def weights_that_differ(rank: int, groups: ProcessGroups) -> None:
     assert not is_released(model.lm_head.weight) and is_released(model.model.embed_tokens.weight)
 
 
-SCENARIOS = [unequal_steps_on_released_weights, a_number_of_rows_that_all_pad_to, weights_that_differ]
+def flashcomm2_and_whole_layers_by_rank(rank: int, _: ProcessGroups) -> None:
+    """Tensor parallelism: o_proj whole on 1/2 of the rows, each layer's weight on one of the ranks."""
+    groups = ProcessGroups(rank_groups(Sizes(tp=WORLD, flashcomm2_otp=1, shared_weight=True), "vllm"))
+    whole, model = build(tiny_config("v3")), shard(build(tiny_config("v3")), init_device_mesh("cpu", (WORLD,)))
+    compiled = torch.compile(
+        model,
+        backend="cpcompile",
+        options={
+            "groups": groups, "flashcomm2_oproj_tensor_parallel_size": 1, "layer_sharding": ["o_proj"],
+            "strategy": "tp", "release_weights": True,
+        },
+        fullgraph=True,
+    )  # fmt: skip
+    for tokens in (5, 8, 1, 3):
+        ids = torch.randint(0, TINY["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            close(compiled(input_ids=ids, use_cache=False).logits, whole(input_ids=ids, use_cache=False).logits)
+    released = [n for n, p in model.named_parameters() if is_released(local_tensor(p))]
+    assert released == [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in range(2)]
+    groups.destroy()
+
+
+SCENARIOS = [
+    unequal_steps_on_released_weights,
+    a_number_of_rows_that_all_pad_to,
+    weights_that_differ,
+    flashcomm2_and_whole_layers_by_rank,
+]
 
 
 def work(rank: int, rendezvous: str, name: str) -> None:
