@@ -348,6 +348,20 @@ SMALL: dict[str, tuple[Callable[..., Any], Callable[..., Any], str, str]] = {
         "",
         "expected this call with effects; it is gone",
     ),
+    "an offset in every summand": (
+        lambda o: torch.ops.npu.npu_quant_matmul(o.x, o.w, o.v, offset=o.v, pertoken_scale=o.ids),
+        lambda o: scattered(
+            torch.ops.npu.npu_quant_matmul(to_columns(o.x), o.w, o.v, offset=o.v, pertoken_scale=gathered(o.ids))
+        ),
+        "v",
+        "expected a plain product",
+    ),
+    "a scale of summands": (
+        lambda o: torch.ops.npu.npu_quant_matmul(o.x, o.w, o.v, pertoken_scale=o.ids),
+        lambda o: scattered(torch.ops.npu.npu_quant_matmul(to_columns(o.x), o.w, o.v, pertoken_scale=gathered(o.ids))),
+        "v",
+        "",
+    ),
     "unequal blocks": (
         lambda o: aten.mm(o.s, o.c),
         lambda o: back(aten.mm(gathered(o.s), o.c), (R + 1, R - 1)),
@@ -404,16 +418,40 @@ def test_a_group_token_count_of_no_kind() -> None:
         small_proof("sum", "most")
 
 
-def test_rows_padded_with_their_columns_permuted() -> None:
-    """N is stated: columns that are permuted after the padding are not the original's."""
-    SMALL["padded"] = (
+PADDED = {
+    "columns permuted behind the padding": (
         lambda o: aten.mm(o.s, o.c),
         lambda o: aten.mm(gathered(columns_turned(padded(o.s))), o.c),
         "",
         "reads permuted ones",
-    )
-    assert "reads permuted ones" in told(small_proof("padded", R + 1))
-    del SMALL["padded"]
+    ),
+    "a lookup of padded own ids": (
+        lambda o: aten.embedding(o.table, o.ids),
+        lambda o: aten.slice(own_ids_looked_up(o), 0, 0, R),
+        "",
+        "expected a call of the original; found aten.sub",
+    ),
+    "own columns of padded own rows": (
+        lambda o: aten.mm(o.x, o.w),
+        lambda o: aten.slice(summed(aten.mm(own_columns(padded(o.x)), o.w)), 0, 0, R),
+        "",
+        "every rank's own rows",
+    ),
+}
+
+
+def own_ids_looked_up(o: Any) -> Any:
+    shifted = aten.sub(aten.constant_pad_nd(o.ids, [0, 1], 0), RANK * K)
+    clamped = aten.clamp(shifted, 0, K - 1)
+    rows = aten.embedding(o.table, clamped)
+    return summed(aten.masked_fill(rows, aten.unsqueeze(aten.ne(shifted, clamped), 1), 0))
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padded_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """N is stated, one more than R."""
+    monkeypatch.setitem(SMALL, name, PADDED[name])
+    assert PADDED[name][3] in told(small_proof(name, R + 1))
 
 
 def test_another_number_of_parts() -> None:
