@@ -215,7 +215,7 @@ class _Prover:
         if not isinstance(value, Value) or node.args[0] not in at:
             return []
         if value.content in self.original.volatile and not (aliases(node) and value.whole):
-            return []
+            raise Refused("expected a value that nothing writes into; found one that is written in place", 3)
         dims = reshaped(node, args, value.dims, not value.whole)
         if dims is not None:
             return [(replace(value, dims=dims),)]

@@ -145,9 +145,16 @@ HANDS = {
 }
 
 
+TWO = Hand(
+    lambda x, y, w, u: (aten.mm(x, aten.t(w)), aten.mm(y, aten.t(u))),
+    lambda: (rows(WIDTH), torch.randn(ROWS + 1, WIDTH), torch.randn(INNER, WIDTH), torch.randn(INNER, WIDTH)),
+    "",
+)  # products of different numbers of rows
+
+
 def inputs_of(name: str) -> tuple[Tensor, ...]:
     torch.manual_seed(0)
-    return HANDS[name].inputs()
+    return HANDS.get(name, TWO).inputs()
 
 
 @functools.cache
@@ -156,11 +163,11 @@ def traced(name: str) -> fx.GraphModule:
     mode, fakes = FakeTensorMode(shape_env=ShapeEnv()), []
     for number, tensor in enumerate(inputs_of(name)):
         kinds = [DimDynamic.STATIC] * tensor.dim()
-        if tensor.shape[0] == ROWS:
+        if tensor.shape[0] in (ROWS, ROWS + 1):
             kinds[0] = DimDynamic.DYNAMIC
         context = StatelessSymbolicContext(dynamic_sizes=kinds)
         fakes.append(mode.from_tensor(tensor, source=ConstantSource(f"x{number}"), symbolic_context=context))
-    return make_fx(HANDS[name].f, tracing_mode="symbolic")(*fakes)
+    return make_fx(HANDS.get(name, TWO).f, tracing_mode="symbolic")(*fakes)
 
 
 def shared_hand(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,9 +16,12 @@ from conftest import case
 from hand_modules import HANDS, run_hand, shared_hand, traced
 from shared_modules import GROUP, group_of, ids_of, model, run, shared, trace_of
 
+from cpcompile.axes import Axis
 from cpcompile.passes.canonicalise import Canonicalise
 from cpcompile.passes.module_parallel import SharedGraph, SharedModule, share_modules
 from cpcompile.passes.module_roles import ROLES, find_modules
+from cpcompile.passes.verify_arguments import Refused
+from cpcompile.passes.verify_module_counts import RowNumbers
 from cpcompile.passes.verify_modules import prove_modules
 from cpcompile.passes.verify_static import Proof
 from cpcompile.passes.weight_cuts import Cut
@@ -180,16 +184,10 @@ def own_summand_only(gm: fx.GraphModule, rank: int) -> None:
     """This rank's rows of its own summand stand in for the reduce-scatter."""
     scatter = calls(gm, c10d.reduce_scatter_tensor.default)[0]
     count = calls(gm, aten._local_scalar_dense.default)[0]
-    first, last = rank, rank + 1
-    with gm.graph.inserting_before(scatter):
-        bounds = [gm.graph.call_function(lambda n, k: n * k, (count, k)) for k in (first, last)]
-    for bound, k in zip(bounds, (first, last), strict=True):
-        bound.target, bound.args, bound.meta = _times, (count, k), {"val": count.meta["val"] * k}
+    bounds = [put(scatter, operator.mul, count, k) for k in (rank, rank + 1)]
+    for bound in bounds:
+        bound.meta = {"val": count.meta["val"] * bound.args[1]}
     skip(scatter, put(scatter, aten.slice.Tensor, scatter.args[0], 0, *bounds, like=scatter))
-
-
-def _times(a: int, b: int) -> int:
-    return a * b
 
 
 def scattered_by_max(gm: fx.GraphModule, rank: int) -> None:
@@ -221,7 +219,24 @@ def padding_kept(gm: fx.GraphModule, rank: int) -> None:
 
 def rows_off_by_one(gm: fx.GraphModule, rank: int) -> None:
     cut = _row_slices(gm)[-1]
-    cut.args = (cut.args[0], 0, 1, torch.iinfo(torch.int64).max)
+    end = put(cut, operator.add, cut.args[3], 1)
+    end.meta = {"val": cut.args[3].meta["val"] + 1}
+    cut.args = (cut.args[0], 0, 1, end)
+
+
+def first_row_dropped(gm: fx.GraphModule, rank: int) -> None:
+    _row_slices(gm)[-1].update_arg(2, 1)
+
+
+def last_row_dropped(gm: fx.GraphModule, rank: int) -> None:
+    cut = _row_slices(gm)[-1]
+    end = put(cut, operator.add, cut.args[3], -1)
+    end.meta = {"val": cut.args[3].meta["val"] - 1}
+    cut.update_arg(3, end)
+
+
+def size_of_another_group(gm: fx.GraphModule, rank: int) -> None:
+    calls(gm, c10d.all_gather_into_tensor.default)[0].update_arg(1, 4)
 
 
 def _row_slices(gm: fx.GraphModule) -> list[fx.Node]:
@@ -380,6 +395,9 @@ MODEL_FAULTS = [
     Fault(pad_dropped, "shared modules", "expected rows padded to N"),
     Fault(padding_kept, "shared modules", ""),
     Fault(rows_off_by_one, "shared modules", "expected rows 0:"),
+    Fault(first_row_dropped, "shared modules", "expected rows 0:"),
+    Fault(last_row_dropped, "shared modules", "expected rows 0:"),
+    Fault(size_of_another_group, "shared modules", "expected group_size 2; found 4"),
     Fault(table_rows_of_another_rank, "shared modules", "expected ids less 48, clamped to 0:47; found 0"),
     Fault(mask_dropped, "shared modules", "expected a masked lookup"),
     Fault(mask_fills_with_one, "shared modules", "expected zeros in the rows of ids that other ranks have"),
@@ -480,3 +498,40 @@ def test_refutes_any_swapped_operand() -> None:
         proof = prove_modules(trace_of("v3", LAYERS).gm, graph, made.cuts, made.axes, group_tokens="exchange")
         assert not proof.holds, (users[0], old, new, facts[old.name], facts[new.name])
         done += 1
+
+
+def test_a_number_of_rows_other_than_stated() -> None:
+    made = shared_hand("fused", 2, 1, 9)
+    proof = prove_modules(traced("fused"), made.gm, made.cuts, made.axes, group_tokens=8)
+    assert "rows padded to 8; found 9" in told(proof)
+    with pytest.raises(Refused, match="expected 9 rows padded to 8"):
+        RowNumbers(8, ()).check(8, 9)
+
+
+def test_groups_of_several_sizes() -> None:
+    """A module of two ranks and one of four: their N is agreed on by the four, of each number of rows for itself."""
+    gm = traced("two groups")
+    first, second = calls(gm, aten.mm.default)
+    small, large = Axis("dp", "small", 2, 1, (0, 1)), group_of(4, 1)
+    modules = [SharedModule("o_proj", "a", (first.name,), large, True)]
+    modules += [SharedModule("lm_head", "b", (second.name,), small, True)]
+    made = share_modules(gm, modules, "exchange")
+
+    def messages(seed: Callable[[fx.GraphModule, int], None]) -> str:
+        broken = seeded(made.gm, seed, 1)
+        return told(prove_modules(gm, broken, made.cuts, made.axes, group_tokens="exchange"))
+
+    def agreed_on_by_two(graph: fx.GraphModule, rank: int) -> None:
+        calls(graph, c10d.all_reduce.default)[0].update_arg(2, "small")
+
+    def padded_to_the_other(graph: fx.GraphModule, rank: int) -> None:
+        one, other = calls(graph, aten.select.int)
+        one.args, other.args = other.args, one.args
+
+    def over_the_other_group(graph: fx.GraphModule, rank: int) -> None:
+        calls(graph, c10d.all_to_all_single.default)[-1].update_arg(3, GROUP)
+
+    assert messages(nothing) == ""
+    assert "to be agreed on by all of module group" in messages(agreed_on_by_two)
+    assert "rows padded to the largest of all ranks" in messages(padded_to_the_other)
+    assert "expected a collective over small; found module group" in messages(over_the_other_group)
