@@ -43,6 +43,7 @@ def module_axes(options: Options) -> dict[str, Axis]:
         role = MODULE_SIZES[key]
         if size > 1:
             found[role] = _axis(options.groups, role, size, key)
+    found = _merged(found)
     otp = options.flashcomm2_oproj_tensor_parallel_size
     if otp:
         key = "flashcomm2_oproj_tensor_parallel_size"
@@ -55,6 +56,14 @@ def module_axes(options: Options) -> dict[str, Axis]:
             raise GroupError("layer_sharding=['o_proj'] spreads whole weights, and o_proj is cut: give one of them")
         found["shared_weight"] = _axis(options.groups, "shared_weight", None, "layer_sharding")
     return found
+
+
+def _merged(found: Mapping[str, Axis]) -> dict[str, Axis]:
+    """Roles that share a communicator have one axis, called after all of them: they agree on rows once."""
+    roles: dict[str, list[str]] = {}
+    for role, axis in found.items():
+        roles.setdefault(axis.group_name, []).append(role)
+    return {role: replace(axis, name="+".join(roles[axis.group_name])) for role, axis in found.items()}
 
 
 def _axis(groups: object, kind: str, size: int | None, key: str) -> Axis:
