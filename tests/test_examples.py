@@ -41,3 +41,11 @@ def test_context_parallelism_on_two_ranks() -> None:
     assert "T = 17: rank 0 computes tokens 0 to 8, rank 1 computes tokens 9 to 16" in result.stdout
     assert "proofs: 1 of 1 rewritten graphs proven equal to the original" in result.stdout
     assert result.stdout.count("largest relative error") == 2
+
+
+def test_shared_modules_on_two_ranks() -> None:
+    script = str(ROOT / "examples" / "module_tp.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count(" share ") == 6 and result.stdout.count("largest relative error") == 2
