@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from shared_modules import group_of, ids_of, model, placeholders, run, shared, trace_of
+from shared_modules import GROUP, group_of, ids_of, model, placeholders, run, shared, trace_of
 from small_modules import VOCAB, small, trace_of_small
 
 from cpcompile.capture import capture
+from cpcompile.passes.lockstep import RankProgram, run_lockstep
 from cpcompile.passes.module_parallel import cuts_of, share_modules
-from cpcompile.passes.weight_cuts import CutRefused
+from cpcompile.passes.weight_cuts import CutRefused, cut_tensor
 
 TOLERANCE = 2e-5
 
@@ -134,3 +135,37 @@ def test_two_readers_of_a_weight() -> None:
     for module in shared(trace, group_of(2, 0)):
         with pytest.raises(CutRefused, match="is also read by"):
             cuts_of(trace.gm, module)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_mlp_on_flat_rows(bias: bool) -> None:
+    """Nothing lies between the products and the activation; with biases, all products are addmm."""
+
+    class Mlp(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up = (torch.nn.Linear(32, 48, bias=bias) for _ in range(2))
+            self.down = torch.nn.Linear(48, 32, bias=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x)) + x
+
+    torch.manual_seed(0)
+    mlp, example = Mlp(), torch.zeros(20, 32)
+    torch._dynamo.mark_dynamic(example, 0)
+    trace = capture(mlp, example)
+    rows = [torch.randn(tokens, 32) for tokens in (7, 20)]
+    programs = []
+    for rank, own in enumerate(rows):
+        graph = share_modules(trace.gm, shared(trace, group_of(2, rank), roles=["mlp"]), "exchange")
+        assert len(graph.cuts) == (5 if bias else 3)
+        values: dict[str, Any] = {}
+        for node, given in zip(placeholders(trace.gm), trace.inputs, strict=True):
+            value = given.value if given.kind == "parameter" else own
+            value = own.shape[0] if isinstance(node.meta["val"], torch.SymInt) else value
+            values[node.name] = cut_tensor(value, graph.cuts[node.name], rank) if node.name in graph.cuts else value
+        programs.append(RankProgram(graph.gm, list(values.values()), {GROUP: (0, 1)}))
+    with torch.no_grad():
+        for own, (found,) in zip(rows, run_lockstep(programs), strict=True):  # type: ignore[misc]
+            expected = mlp(own)
+            assert (found - expected).norm() <= TOLERANCE * expected.norm()

@@ -227,7 +227,7 @@ CP = 4
 
 
 @functools.cache
-def context_parallel(kind: str, share: int, roles: tuple[str, ...]) -> World:
+def context_parallel(kind: str, share: int, roles: tuple[str, ...], strategy: str = "cp") -> World:
     """Four ranks that split the tokens; pairs of neighbours, or all, share modules."""
     ranks = prefill(kind, CP)
     of_rank = []
@@ -235,7 +235,7 @@ def context_parallel(kind: str, share: int, roles: tuple[str, ...]) -> World:
         first = rank - rank % share
         axis = Axis("modules", "module group", share, rank - first, tuple(range(first, first + share)))
         of_rank.append(dict.fromkeys(roles, axis))
-    return World(ranks.traces, ranks.axes, of_rank, strategy="cp", profile="ascend-a3")
+    return World(ranks.traces, ranks.axes, of_rank, strategy=strategy, profile="ascend-a3")
 
 
 @pytest.mark.parametrize("kind", ["v3", "v32"])
@@ -246,6 +246,19 @@ def test_ranks_that_split_the_tokens_share_modules(kind: str, share: int, roles:
     for tokens in (1, 2, 4, 5, 9, 17):
         for rank, found in enumerate(world.run([tokens] * CP)):
             close(found, logits(whole_cp(kind), tokens), (tokens, rank))
+
+
+def test_ranks_with_the_same_tokens_bring_nothing_together() -> None:
+    """Few tokens are not split: every rank has all rows, multiplies by its part, and the parts are summed or joined."""
+    world, tokens = context_parallel("v3", 2, MODULES, "auto"), 2
+    assert not any(step.interval.raises for step in world.compiled[0].at(tokens).steps)
+    graph = world.compiled[0].at(tokens).gm
+    moved = [op_name(n.target).split("::")[1] for n in graph.graph.nodes if is_collective(n)]
+    assert moved == ["all_reduce"] * 4 + [
+        "all_gather_into_tensor"
+    ]  # embedding, o_proj, mlp, o_proj; columns of lm_head
+    for rank, found in enumerate(world.run([tokens] * CP)):
+        close(found, logits(whole_cp("v3"), tokens), rank)
 
 
 def test_no_collective_at_the_seams() -> None:
