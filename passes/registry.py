@@ -27,6 +27,7 @@ PASSES: Mapping[str, str] = {
     "npu-attention": "cpcompile.passes.npu_attention:NpuAttention",
     "npu-routed-experts": "cpcompile.passes.npu_routed_experts:NpuRoutedExperts",
     "npu-norms": "cpcompile.passes.npu_norms:NpuNorms",
+    "npu-rope": "cpcompile.passes.npu_rope:NpuRope",
     "npu-swiglu": "cpcompile.passes.npu_swiglu:NpuSwiglu",
     "npu-mc2": "cpcompile.passes.npu_mc2:NpuMc2",
     "ge-forms": "cpcompile.passes.ge_forms:GeForms",

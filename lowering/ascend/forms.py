@@ -13,6 +13,7 @@ from cpcompile.passes.inline_composites import InlineComposites
 from cpcompile.passes.npu_attention import NpuAttention
 from cpcompile.passes.npu_mc2 import NpuMc2
 from cpcompile.passes.npu_norms import NpuNorms
+from cpcompile.passes.npu_rope import NpuRope
 from cpcompile.passes.npu_routed_experts import NpuRoutedExperts
 from cpcompile.passes.npu_swiglu import NpuSwiglu
 from cpcompile.passes.paged_keys import PagedKeys
@@ -22,7 +23,7 @@ from cpcompile.passes.recognise_routed_experts import RecogniseRoutedExperts
 def ascend_passes(settings: Settings) -> list[GraphPass]:
     """The passes, in order."""
     passes: list[GraphPass] = [RecogniseRoutedExperts(), InlineComposites(), PagedKeys(), NpuAttention()]
-    passes += [NpuRoutedExperts(), NpuNorms(), NpuSwiglu()]
+    passes += [NpuRoutedExperts(), NpuNorms(), NpuRope(), NpuSwiglu()]
     if settings.mc2:
         passes.append(NpuMc2())
     return [*passes, GeForms()]
