@@ -143,12 +143,13 @@ def _scaled(product: fx.Node, step: fx.Node) -> tuple[fx.Node, fx.Node]:
         factors += [arg for arg in user.args if arg is not node]
         node = user
     _require(step in factors and len(factors) == 2, "the product is not scaled by its rows' steps")
-    scale = next(factor for factor in factors if factor is not step)
+    scale = next((factor for factor in factors if factor is not step), None)
     assert node is not None
     out = only_user(node)
     _require(out is not None and _calls(out, aten._to_copy.default), "the op gives half precision alone")
     assert out is not None
-    _require(isinstance(scale, fx.Node) and out.kwargs.keys() == {"dtype"}, "the op gives half precision alone")
+    _require(out.kwargs.keys() == {"dtype"}, "the op gives half precision alone")
+    _require(isinstance(scale, fx.Node), "the product is not scaled by column")
     return scale, out  # type: ignore[return-value]
 
 

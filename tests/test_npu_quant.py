@@ -102,6 +102,17 @@ def test_other_numbers_are_refused(changes: dict[str, Any], reason: str) -> None
     assert targets(gm) == before
 
 
+def test_a_product_that_steps_scale_twice_is_refused() -> None:
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        rows = x.float()
+        step = rows.abs().amax(-1, keepdim=True) / 127
+        product = torch._int_mm(torch.round(rows / step).to(torch.int8), weight.t()).float()
+        return (product * step * step).to(x.dtype)
+
+    (refusal,) = NpuQuant()(traced(function, *operands()[:2], mode="fake")).refusals
+    assert refusal.reason == "the product is not scaled by column"
+
+
 def test_a_layer_of_float32_with_something_added_is_refused() -> None:
     (refusal,) = NpuQuant()(trace_of_small("both").gm).refusals
     assert refusal.reason == "the rows are not half precision in float32"
