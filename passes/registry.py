@@ -26,8 +26,11 @@ PASSES: Mapping[str, str] = {
     "paged-keys": "cpcompile.passes.paged_keys:PagedKeys",
     "npu-attention": "cpcompile.passes.npu_attention:NpuAttention",
     "npu-routed-experts": "cpcompile.passes.npu_routed_experts:NpuRoutedExperts",
+    "npu-gating": "cpcompile.passes.npu_gating:NpuGating",
     "npu-norms": "cpcompile.passes.npu_norms:NpuNorms",
+    "npu-rope": "cpcompile.passes.npu_rope:NpuRope",
     "npu-swiglu": "cpcompile.passes.npu_swiglu:NpuSwiglu",
+    "npu-quant": "cpcompile.passes.npu_quant:NpuQuant",
     "npu-mc2": "cpcompile.passes.npu_mc2:NpuMc2",
     "ge-forms": "cpcompile.passes.ge_forms:GeForms",
 }

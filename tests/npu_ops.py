@@ -252,3 +252,85 @@ define(
     lambda input, *_, **__: torch.empty_like(input),
     _rotary_mul,
 )
+
+
+# ---- experts -------------------------------------------------------------------------------------------------------
+
+
+def _gating(
+    x: Tensor, k: int, *, bias: Tensor | None = None, input_ids: None = None, tid2eid: None = None, k_group: int = 1,
+    group_count: int = 1, group_select_mode: int = 0, renorm: int = 0, norm_type: int = 0, out_flag: bool = False,
+    routed_scaling_factor: float = 1.0, eps: float = 1e-20,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Row by row: the ``k`` best of the best groups by ``sigmoid + bias``, weighed by sigmoids over their sum."""
+    assert (group_select_mode, renorm, norm_type) == (1, 0, 1) and bias is not None and bias.dtype == x.dtype
+    rows, ids = [], []
+    for row in x:
+        scores = row.sigmoid()
+        by_group = (scores + bias).view(group_count, -1)
+        totals = [sum(sorted(group.tolist(), reverse=True)[:2]) for group in by_group]
+        best = sorted(range(group_count), key=lambda g: -totals[g])[:k_group]
+        experts = sorted(
+            (-float(by_group[g, e]), g * by_group.shape[1] + e) for g in best for e in range(len(by_group[g]))
+        )
+        ids.append([e for _, e in experts[:k]])
+        weights = scores[ids[-1]]
+        rows.append(weights / (weights.sum() + eps) * routed_scaling_factor)
+    return torch.stack(rows), torch.tensor(ids, dtype=torch.int32), x.new_empty(x.shape, dtype=torch.float32)
+
+
+define(
+    "npu_moe_gating_top_k(Tensor x, int k, *, Tensor? bias=None, Tensor? input_ids=None, Tensor? tid2eid=None, "
+    "int k_group=1, int group_count=1, int group_select_mode=0, int renorm=0, int norm_type=0, bool out_flag=False, "
+    "float routed_scaling_factor=1., float eps=9.9999999999999995e-21) -> (Tensor, Tensor, Tensor)",
+    lambda x, k, **_: (
+        x.new_empty((x.shape[0], k)),
+        x.new_empty((x.shape[0], k), dtype=torch.int32),
+        x.new_empty(x.shape, dtype=torch.float32),
+    ),
+    _gating,
+)
+
+
+# ---- quantisation --------------------------------------------------------------------------------------------------
+
+
+def _dynamic_quant(input: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
+    assert input.dtype in (torch.float16, torch.bfloat16) and not any(others.values())
+    rows, steps = [], []
+    for row in input.float():
+        step = row.abs().max() / 127
+        steps.append(step)
+        rows.append((row / step).round().to(torch.int8) if step else torch.zeros_like(row, dtype=torch.int8))
+    return torch.stack(rows), torch.stack(steps)
+
+
+def _quant_matmul(
+    x1: Tensor, x2: Tensor, scale: Tensor, *, pertoken_scale: Tensor | None = None, output_dtype: int | None = None,
+    **others: Any,
+) -> Tensor:  # fmt: skip
+    assert x1.dtype == x2.dtype == torch.int8 and scale.shape == x2.shape[1:] and not any(others.values())
+    assert pertoken_scale is not None and pertoken_scale.shape == x1.shape[:1] and output_dtype in (5, 15)
+    exact = (x1.long() @ x2.long()).float()
+    out = exact * scale.float() * pertoken_scale[:, None]
+    return out.to(torch.float16 if output_dtype == 5 else torch.bfloat16)
+
+
+define(
+    "npu_dynamic_quant(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, int? dst_type=None, "
+    'str quant_mode="pertoken", float dst_type_max=0.) -> (Tensor, Tensor)',
+    lambda input, **_: (
+        torch.empty_like(input, dtype=torch.int8),
+        input.new_empty(input.shape[:-1], dtype=torch.float32),
+    ),
+    lambda input, quant_mode="pertoken", **others: _dynamic_quant(input, **others),
+)
+define(
+    "npu_quant_matmul(Tensor x1, Tensor x2, Tensor scale, *, Tensor? offset=None, Tensor? pertoken_scale=None, "
+    "Tensor? bias=None, int? output_dtype=None, int? x1_dtype=None, int? x2_dtype=None, "
+    "int? pertoken_scale_dtype=None, int? scale_dtype=None, int[]? group_sizes=None, Tensor? y_scale=None) -> Tensor",
+    lambda x1, x2, *_, output_dtype=None, **__: x1.new_empty(
+        (x1.shape[0], x2.shape[1]), dtype=torch.float16 if output_dtype == 5 else torch.bfloat16
+    ),
+    _quant_matmul,
+)

@@ -37,8 +37,8 @@ def test_tensor_parallel(ascend: AscendProcess) -> None:
     attention = "MatMul, RmsNorm, 2 MatMul, RmsNorm, MatMul, SoftmaxV2, MatMul, HcomAllReduce, AddRmsNorm"
     assert ops(found, PAIR) == sequence(
         "HcomAllReduce, RmsNorm", attention, "MatMul, Swish, 2 MatMul, HcomAllReduce, AddRmsNorm",
-        attention, "MatMul", EXPERTS, "HcomAllReduce, MatMul, Swish, 2 MatMul, HcomAllReduce, AddRmsNorm",
-        "MatMul, HcomAllGather",
+        attention, "MatMul, MoeGatingTopK", EXPERTS,
+        "HcomAllReduce, MatMul, Swish, 2 MatMul, HcomAllReduce, AddRmsNorm, MatMul, HcomAllGather",
     )  # fmt: skip
     assert not found["unsupported"]
     assert [(c["ranks"], c["sends"]) for c in found["collectives"][:2]] == [([0, 1], "512*s27")] * 2
@@ -52,8 +52,8 @@ def test_reduce_scatter_and_the_gather_of_latents(ascend: AscendProcess) -> None
     assert ops(found, PAIR) == sequence(
         "HcomReduceScatter, RmsNorm", attention,
         "HcomAllGather, MatMul, Swish, 2 MatMul, HcomReduceScatter, AddRmsNorm",
-        attention, "MatMul, 3 HcomAllGather", EXPERTS, "MatMul, Swish, 2 MatMul, HcomReduceScatter, AddRmsNorm",
-        "HcomAllGather, MatMul, HcomAllGather",
+        attention, "MatMul, MoeGatingTopK, 3 HcomAllGather", EXPERTS,
+        "MatMul, Swish, 2 MatMul, HcomReduceScatter, AddRmsNorm, HcomAllGather, MatMul, HcomAllGather",
     )  # fmt: skip
     gather = found["collectives"][1]
     # The normed query latent 256 and the key latent with its rotated part, 16 + 8, in bfloat16.
@@ -72,7 +72,7 @@ def test_matmuls_take_their_collectives_along(ascend: AscendProcess) -> None:
     attention = "MatMul, RmsNorm, MatMul, RmsNorm, HcomAllGather, 2 MatMul, SoftmaxV2, MatmulReduceScatter, AddRmsNorm"
     assert ops(found, PAIR) == sequence(
         "HcomReduceScatter, RmsNorm", attention, "AllGatherMatmul, Swish, MatMul, MatmulReduceScatter, AddRmsNorm",
-        attention, "MatMul, AllGatherMatmul, 2 HcomAllGather", EXPERTS,
+        attention, "MatMul, MoeGatingTopK, AllGatherMatmul, 2 HcomAllGather", EXPERTS,
         "Swish, 2 MatMul, HcomReduceScatter, AddRmsNorm, AllGatherMatmul, HcomAllGather",
     )  # fmt: skip
     rows = [(c["op"], c["group"], c["ranks"]) for c in found["collectives"] if c["op"].startswith("Matmul")]
