@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.fx as fx
 
+from cpcompile.axes import resolve_group
 from cpcompile.passes.base import PassResult
 from cpcompile.passes.collectives import arguments, emit, erase
 
@@ -19,10 +23,11 @@ class GeForms:
     """``aten::index_put``, ``aten::squeeze.dims``, ``aten::constant_pad_nd`` -> ``where``, ``squeeze.dim``, ``cat``.
 
     Before: a scalar put where a mask of the value's leading dims says; several dims squeezed at once; rows appended
-    whose number is an expression in the sizes.
-    After: a choice between the value and the scalar; one squeeze for each dim, from the last; a tensor of the rows.
+    whose number is an expression in the sizes; an all-to-all of rows.
+    After: a choice between the value and the scalar; one squeeze for each dim, from the last; a tensor of the rows;
+    torchair's all-to-all of elements.
 
-    Refuses, with the reason, other puts, and cutting rows off by an expression.
+    Refuses, with the reason, other puts, cutting rows off by an expression, and parts of unsaid sizes.
     """
 
     name = "ge-forms"
@@ -98,8 +103,41 @@ def slices(node: fx.Node, like: fx.Node, dim: int, count: fx.Node | int, value: 
     return emit(node, aten.new_full.default, like, shape, value)
 
 
+def _exchanged(node: fx.Node) -> fx.Node | str:
+    """Torchair has its own op for this, which counts elements; its GE op's result is one vector."""
+    given = arguments(node)
+    source: fx.Node = given["input"]
+    width = list(source.meta["val"].shape[1:])
+    splits = [given["input_split_sizes"], given["output_split_sizes"]]
+    if not all(splits) or not all(isinstance(size, int) for size in width):
+        return "the sizes of the parts, or of a row, are not said"
+    sent, received = ([_times(node, rows, math.prod(width)) for rows in part] for part in splits)
+    group = resolve_group(given["group_name"])
+    tag, ranks = dist.distributed_c10d._get_group_tag(group), dist.get_process_group_ranks(group)
+    flat = emit(node, aten.reshape.default, source, [-1])
+    places = [_starts(node, sent), _starts(node, received)]
+    exchange = torch.ops.npu_define.all_to_all_single_npu.default
+    made = emit(node, exchange, flat, sent, places[0], received, places[1], tag, ranks, len(ranks))
+    return emit(node, aten.reshape.default, made, [-1, *width])
+
+
+def _times(node: fx.Node, rows: fx.Node | int, width: int) -> fx.Node | int:
+    return emit(node, operator.mul, rows, width) if isinstance(rows, fx.Node) else rows * width
+
+
+def _starts(node: fx.Node, counts: Sequence[fx.Node | int]) -> list[fx.Node | int]:
+    """Where each part begins, if they lie one after another."""
+    found: list[fx.Node | int] = [0]
+    for count in counts[:-1]:
+        before = found[-1]
+        both_known = isinstance(before, int) and isinstance(count, int)
+        found.append(before + count if both_known else emit(node, operator.add, before, count))  # type: ignore[operator]
+    return found
+
+
 FORMS: Mapping[object, Callable[[fx.Node], fx.Node | str]] = {
     aten.index_put.default: _masked_put,
     aten.squeeze.dims: _squeezes,
     aten.constant_pad_nd.default: _appended,
+    torch.ops._c10d_functional.all_to_all_single.default: _exchanged,
 }

@@ -20,13 +20,25 @@ def torch_npu_folder() -> list[str]:
     return [] if any(d.metadata["Name"] == "torch_npu" for d in distributions()) else [str(FOLDER)]
 
 
+def missing(folder: Path = FOLDER) -> str:
+    """How to install torch_npu where it is not, in one line; else ``""``."""
+    if any(d.metadata["Name"] == "torch_npu" for d in distributions()) or (folder / "torch_npu").is_dir():
+        return ""
+    install = f"{sys.executable} -m pip install --no-deps -c constraints.txt --target {folder} torch_npu protobuf"
+    return f"torch_npu is not installed, which the tests of the targets on Ascend need: run `make test`, or {install}"
+
+
 class AscendProcess:
-    """Runs functions of test modules in host mode, one after another."""
+    """Runs functions of test modules in host mode, one after another.
+
+    Raises:
+        AscendError: torch_npu cannot be imported.
+    """
 
     def __init__(self) -> None:
         os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-        context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(1, context, initializer=_start, initargs=(torch_npu_folder(),))
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self(_start, torch_npu_folder())  # not the pool's initializer, whose error would be lost
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         """What ``function(*args)`` gives or raises there."""

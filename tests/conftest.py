@@ -20,12 +20,13 @@ import models
 import pytest
 import torch
 import torch.fx as fx
-from ascend_process import AscendProcess
+from ascend_process import AscendProcess, missing
 from simulate import Ranks, fake_rank, in_threads, none_failed
 
 from cpcompile.axes import axis_of
 from cpcompile.capture import Trace, capture
 from cpcompile.compiled import Compiled
+from cpcompile.errors import AscendError
 from cpcompile.exchange import LocalExchange
 from cpcompile.options import Options
 from cpcompile.passes.describe import module_of
@@ -147,7 +148,12 @@ def case(kind: str, size: int, batch: int = 1, dtype: torch.dtype = torch.float3
 @pytest.fixture(scope="session")
 def ascend() -> Iterator[AscendProcess]:
     """A process with torch_npu, without an NPU."""
-    process = AscendProcess()
+    if why := missing():
+        pytest.fail(why, pytrace=False)
+    try:
+        process = AscendProcess()
+    except AscendError as error:
+        pytest.fail(str(error), pytrace=False)
     yield process
     process.pool.shutdown()
 

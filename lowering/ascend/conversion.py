@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
+import sympy
 import torch
 import torch.fx as fx
 from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from cpcompile.errors import AscendError
@@ -70,15 +71,55 @@ def convert(gm: fx.GraphModule, config: Any = None) -> Converted:
     moved, used = used_inputs(gm, values)
     to_device(moved, _OFF_HOST)
     inputs = [_input(values[index]) for index in used]
-    mode = next((v.fake_mode for v in inputs if isinstance(v, FakeTensor)), None)
     result = Converted(used=used)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(tracing(TracingContext(mode)))
+        stack.enter_context(tracing(TracingContext(_mode(values))))
+        stack.enter_context(without_guards(gm))
         stack.enter_context(_without_engine())
         stack.enter_context(collecting(result.unsupported))
-        compiler = torchair.get_compiler(config if config is not None else torchair.CompilerConfig())
+        compiler = torchair.get_compiler(config if config is not None else ge_config(torchair))
         result.concrete = compiler(moved, inputs).runner
     return result
+
+
+def ge_config(torchair: Any) -> Any:
+    """Torchair's configuration where the user gives none.
+
+    Its ``remove_noop_ops`` takes copies out, and what it then makes of a permuted value that is reshaped lacks the
+    transposition: an all-to-all's columns come back in the other order.
+    """
+    config = torchair.CompilerConfig()
+    config.experimental_config.remove_noop_ops = False
+    return config
+
+
+def _mode(values: Sequence[Any]) -> FakeTensorMode | None:
+    return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+
+
+@contextmanager
+def without_guards(gm: fx.GraphModule) -> Iterator[None]:
+    """Leave no guard behind: what a graph's sizes are at the traced example is not so for all that it is to serve.
+
+    A guard says that two sizes are one, and what is converted later from the same trace, another rank's graph or
+    another variant, then lacks the slices between them.
+
+    Raises:
+        AscendError: the trace itself says so.
+    """
+    mode = _mode([node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")])
+    if mode is None or mode.shape_env is None:
+        yield
+        return
+    for guard in mode.shape_env.guards:
+        # Two inputs of one size are so at run time too.
+        if isinstance(guard.expr, sympy.Eq) and not all(side.is_Symbol for side in guard.expr.args):
+            raise AscendError(
+                f"the traced graph holds only where {guard.expr}: trace an example of another size, "
+                "or export a static graph"
+            )
+    with mode.shape_env.suppress_guards():
+        yield
 
 
 # Fake tensors that torchair takes for the device's: any but the host's. PyTorch guards those on ``npu`` by calling it.
@@ -128,6 +169,11 @@ def collecting(found: list[Unsupported]) -> Iterator[None]:
             return original(self, target, args, kwargs, meta_outputs)
         except Exception as error:
             node = self._converter_ctx.node
+            if isinstance(meta_outputs, torch.SymInt | torch.SymFloat | torch.SymBool):
+                # A number has no op to stand in for it.
+                raise AscendError(
+                    f"{target} ({node.name}) reads a number on the host in the middle of a step: a GE graph cannot"
+                ) from error
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             found.append(Unsupported(node.name, str(target), module_of(node), reason))
             made = tree_map_only(torch.Tensor, lambda _: _placeholder(str(target)), meta_outputs)

@@ -8,7 +8,7 @@ from typing import Any
 import torch.fx as fx
 
 from cpcompile.errors import AscendError
-from cpcompile.lowering.ascend.conversion import Unsupported, collecting, require_all
+from cpcompile.lowering.ascend.conversion import Unsupported, collecting, ge_config, require_all
 from cpcompile.lowering.ascend.forms import to_ascend
 from cpcompile.lowering.ascend.installation import import_torchair
 from cpcompile.lowering.targets import BoxedCallable, Settings
@@ -25,7 +25,7 @@ def lower_torchair(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: 
         AscendError: torch_npu or an NPU is missing, the configuration is for another target, or an op has no form.
     """
     torchair = import_torchair("torchair", device=True)
-    config = settings.compiler_config if settings.compiler_config is not None else torchair.CompilerConfig()
+    config = settings.compiler_config if settings.compiler_config is not None else ge_config(torchair)
     if config.mode.value != GE_MODE:
         raise AscendError(f"compiler_config has mode {config.mode.value!r}: target 'torchair' needs {GE_MODE!r}")
     unsupported: list[Unsupported] = []

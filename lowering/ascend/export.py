@@ -9,7 +9,7 @@ from typing import Any
 import torch.fx as fx
 
 from cpcompile.errors import AscendError, OptionError
-from cpcompile.lowering.ascend.conversion import convert, require_all
+from cpcompile.lowering.ascend.conversion import convert, require_all, without_guards
 from cpcompile.lowering.ascend.forms import to_ascend
 from cpcompile.lowering.ascend.ge_graph import GeSummary, write
 from cpcompile.lowering.ascend.installation import import_torchair
@@ -39,13 +39,14 @@ def export(gm: fx.GraphModule, folder: Path, settings: Settings) -> tuple[GeSumm
     """Write ``gm`` as a GE graph to ``folder``; returns its summary and what has no place in it.
 
     Raises:
-        AscendError: torch_npu is missing or does not fit.
+        AscendError: torch_npu is missing or does not fit, or the trace serves some sizes only.
     """
     import_torchair("ge-export", device=False)
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     own = fx.GraphModule(gm, graph)
-    for _ in to_ascend(own, settings):
-        pass
+    with without_guards(own):
+        for _ in to_ascend(own, settings):
+            pass
     converted = convert(own, settings.compiler_config)
     return write(folder, own, converted), converted.unsupported

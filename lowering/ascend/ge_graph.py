@@ -97,8 +97,9 @@ def _collectives(gm: fx.GraphModule, graph: Any) -> list[dict[str, Any]]:
 
 
 def _fused(node: fx.Node) -> bool:
+    """A product with its collective, or torchair's own all-to-all."""
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(argument.name == "hcom" for argument in schema.arguments)
+    return schema is not None and any(argument.name in ("hcom", "ranks") for argument in schema.arguments)
 
 
 def _bytes(node: fx.Node) -> Any:
