@@ -54,9 +54,12 @@ def test_graphs_are_the_unsharded_model(
             torch.testing.assert_close(found, eager(kind, layers, tokens), rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", ["v3", "v32"])
-def test_bfloat16_graphs_are_as_near_as_the_uncompiled_ranks(ascend: AscendProcess, tmp_path: Path, kind: str) -> None:
-    """To the same weights in float32, over all token counts: see the pipeline's test of that name."""
+def test_bfloat16_graphs_are_as_near_as_the_uncompiled_ranks(ascend: AscendProcess, tmp_path: Path) -> None:
+    """To the same weights in float32, over all token counts: see the pipeline's test of that name.
+
+    Of V3 alone: V3.2's uncompiled ranks have no GE graph, see below.
+    """
+    kind = "v3"
     assert ascend(export, tmp_path / "tp", kind, 2, 1, torch.bfloat16) == [[], []]
     assert ascend(export, tmp_path / "off", kind, 2, 1, torch.bfloat16, "off") == [[], []]
     errors = dict[str, Any](tp=0.0, off=0.0)
@@ -79,8 +82,7 @@ OF_ROLE = {
 
 @pytest.mark.parametrize(
     ("kind", "role", "group_tokens"),
-    [("v3", "o_proj", "equal"), ("v3", "o_proj", 34), ("v32", "o_proj", 34)]
-    + [("v3", role, 34) for role in ("embedding", "mlp", "lm_head")],
+    [("v3", "o_proj", "equal"), ("v3", "o_proj", 34)] + [("v3", role, 34) for role in ("embedding", "mlp", "lm_head")],
 )
 def test_a_module_that_two_ranks_share(
     ascend: AscendProcess, tmp_path: Path, kind: str, role: str, group_tokens: str | int
@@ -102,6 +104,12 @@ def shared_eager(kind: str, tokens: int) -> Tensor:
     return shared_modules.model(kind, 1)(input_ids=ids_of(tokens), use_cache=False).logits  # type: ignore[no-any-return]
 
 
-def test_row_counts_that_are_exchanged_have_no_ge_graph(ascend: AscendProcess, tmp_path: Path) -> None:
-    with pytest.raises(AscendError, match=r"_local_scalar_dense.* reads a number on the host in the middle of a step"):
-        ascend(export_shared, tmp_path, "v3", "o_proj", "exchange")
+@pytest.mark.parametrize(
+    ("kind", "group_tokens", "op"), [("v3", "exchange", "_local_scalar_dense"), ("v32", 34, "sym_min")]
+)
+def test_numbers_without_a_converter_are_refused(
+    ascend: AscendProcess, tmp_path: Path, kind: str, group_tokens: str | int, op: str
+) -> None:
+    """Row counts that ranks exchange, and V3.2's own count of keys where its attention is not recognised."""
+    with pytest.raises(AscendError, match=f"computes a number by .*{op}.*torchair has no converter"):
+        ascend(export_shared, tmp_path, kind, "o_proj", group_tokens)

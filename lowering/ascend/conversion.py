@@ -172,7 +172,7 @@ def collecting(found: list[Unsupported]) -> Iterator[None]:
             if isinstance(meta_outputs, torch.SymInt | torch.SymFloat | torch.SymBool):
                 # A number has no op to stand in for it.
                 raise AscendError(
-                    f"{target} ({node.name}) reads a number on the host in the middle of a step: a GE graph cannot"
+                    f"{node.name} computes a number by {target}, for which torchair has no converter: a GE graph cannot"
                 ) from error
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             found.append(Unsupported(node.name, str(target), module_of(node), reason))
