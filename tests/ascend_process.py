@@ -42,7 +42,19 @@ class AscendProcess:
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         """What ``function(*args)`` gives or raises there."""
-        return self.pool.submit(function, *args).result()
+        return self.pool.submit(_alone, function, *args).result()
+
+
+def _alone(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``, of which no process group is left to the next one, even where it fails."""
+    import torch
+
+    try:
+        return function(*args)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        torch._dynamo.reset()
 
 
 def _start(folder: list[str]) -> None:
