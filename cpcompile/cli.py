@@ -209,7 +209,7 @@ def _list_passes() -> None:
 
     for name in PASSES:
         cls = pass_class(name)
-        fields = ",".join(f"{field}={getattr(cls, field)}" for field in field_types(cls))
+        fields = ",".join(f"{field}={getattr(cls, field, None)}" for field in field_types(cls))
         typer.echo(f"{name}{{{fields}}}: {(cls.__doc__ or '').splitlines()[0]}")
 
 

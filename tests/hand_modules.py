@@ -25,18 +25,7 @@ aten = torch.ops.aten
 ROWS, WIDTH, INNER, VOCAB = 25, 36, 48, 96
 
 
-def _quant_matmul_shape(x1: Tensor, x2: Tensor, scale: Tensor, *, pertoken_scale: Tensor, **_: object) -> Tensor:
-    torch._check(x1.shape[0] == pertoken_scale.shape[0])
-    return x1.new_empty([x1.shape[0], x2.shape[1]], dtype=torch.float32)
-
-
-# By torch_npu's names of arguments; a kernel for what the tests use.
-define(
-    "npu_quant_matmul(Tensor x1, Tensor x2, Tensor scale, *, Tensor? offset=None, Tensor? pertoken_scale=None, "
-    "Tensor? bias=None, ScalarType? output_dtype=None) -> Tensor",
-    _quant_matmul_shape,
-    lambda x1, x2, scale, *, pertoken_scale, **_: x1.float() @ x2.float() * scale * pertoken_scale[:, None],
-)
+# A torch_npu op by its names of arguments; a kernel for what the tests use.
 define(
     "npu_swiglu(Tensor self, int dim=-1) -> Tensor",
     lambda x, dim=-1: x.new_empty([*x.shape[:-1], x.shape[-1] // 2]),

@@ -305,15 +305,27 @@ def _dynamic_quant(input: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
     return torch.stack(rows), torch.stack(steps)
 
 
+# Numbers of torch's dtypes; float32 is of this stand-in alone, for tests that compare closely.
+_OUTPUTS = {5: torch.float16, 6: torch.float32, 15: torch.bfloat16}
+
+
 def _quant_matmul(
     x1: Tensor, x2: Tensor, scale: Tensor, *, pertoken_scale: Tensor | None = None, output_dtype: int | None = None,
     **others: Any,
 ) -> Tensor:  # fmt: skip
     assert x1.dtype == x2.dtype == torch.int8 and scale.shape == x2.shape[1:] and not any(others.values())
-    assert pertoken_scale is not None and pertoken_scale.shape == x1.shape[:1] and output_dtype in (5, 15)
+    assert pertoken_scale is not None and pertoken_scale.shape == x1.shape[:1]
     exact = (x1.long() @ x2.long()).float()
     out = exact * scale.float() * pertoken_scale[:, None]
-    return out.to(torch.float16 if output_dtype == 5 else torch.bfloat16)
+    return out.to(_OUTPUTS[output_dtype])
+
+
+def _quant_matmul_shape(
+    x1: Tensor, x2: Tensor, *_: Tensor, pertoken_scale: Tensor | None = None, output_dtype: int | None = None, **__: Any
+) -> Tensor:
+    if pertoken_scale is not None:
+        torch._check(x1.shape[0] == pertoken_scale.shape[0])
+    return x1.new_empty((x1.shape[0], x2.shape[1]), dtype=_OUTPUTS[output_dtype])
 
 
 define(
@@ -329,8 +341,6 @@ define(
     "npu_quant_matmul(Tensor x1, Tensor x2, Tensor scale, *, Tensor? offset=None, Tensor? pertoken_scale=None, "
     "Tensor? bias=None, int? output_dtype=None, int? x1_dtype=None, int? x2_dtype=None, "
     "int? pertoken_scale_dtype=None, int? scale_dtype=None, int[]? group_sizes=None, Tensor? y_scale=None) -> Tensor",
-    lambda x1, x2, *_, output_dtype=None, **__: x1.new_empty(
-        (x1.shape[0], x2.shape[1]), dtype=torch.float16 if output_dtype == 5 else torch.bfloat16
-    ),
+    _quant_matmul_shape,
     _quant_matmul,
 )
