@@ -99,11 +99,13 @@ def spread_layers(
         made = [shard_layers(gm, layers, axis) for gm in graphs]
         kept |= {r.node: r.reason for one in made for r in one.refused}
         kept |= _no_weights(made[0].recipes, places, [name for of_layer in layers for name in of_layer])
-        if layers and not kept:
-            kept |= _not_alike(layers, made[0].recipes, axis, places, flashed, options, exchange_for, sharing)
-        layers = [[name] for _, name in modules if name not in kept]
-        if not kept or not layers:
+        accepted = [[name] for _, name in modules if name not in kept]
+        if accepted == layers:
             break
+        layers = accepted
+    if layers:  # whatever was refused before, what is left is compared
+        kept |= _not_alike(layers, made[0].recipes, axis, places, flashed, options, exchange_for, sharing)
+        layers = [[name] for _, name in modules if name not in kept]
     for module, name in modules:
         if name in kept:
             sharing.rows.append(_row(module, axis, "keep", (0, 0), "", kept[name]))
