@@ -305,8 +305,8 @@ def _dynamic_quant(input: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
     return torch.stack(rows), torch.stack(steps)
 
 
-# Numbers of torch's dtypes; float32 is of this stand-in alone, for tests that compare closely.
-_OUTPUTS = {5: torch.float16, 6: torch.float32, 15: torch.bfloat16}
+# Numbers of torch's dtypes, the op's default first; float32 is of this stand-in alone, for tests that compare closely.
+_OUTPUTS = {None: torch.int8, 5: torch.float16, 6: torch.float32, 15: torch.bfloat16}
 
 
 def _quant_matmul(

@@ -45,6 +45,11 @@ def to_columns(x: Any) -> Any:
     return exchanged(aten.view(aten.clone(blocks, memory_format=torch.contiguous_format), [P * R, K // P]))
 
 
+def product(x: Any, w: Any, v: Any, **scales: Any) -> Any:
+    """A quantised product with a float output."""
+    return torch.ops.npu.npu_quant_matmul(x, w, v, output_dtype=torch.float32, **scales)
+
+
 def summand(x: Any, w: Any) -> Any:
     return aten.mm(to_columns(x), w)
 
@@ -349,16 +354,14 @@ SMALL: dict[str, tuple[Callable[..., Any], Callable[..., Any], str, str]] = {
         "expected this call with effects; it is gone",
     ),
     "an offset in every summand": (
-        lambda o: torch.ops.npu.npu_quant_matmul(o.x, o.w, o.v, offset=o.v, pertoken_scale=o.ids),
-        lambda o: scattered(
-            torch.ops.npu.npu_quant_matmul(to_columns(o.x), o.w, o.v, offset=o.v, pertoken_scale=gathered(o.ids))
-        ),
+        lambda o: product(o.x, o.w, o.v, offset=o.v, pertoken_scale=o.ids),
+        lambda o: scattered(product(to_columns(o.x), o.w, o.v, offset=o.v, pertoken_scale=gathered(o.ids))),
         "v",
         "expected a plain product",
     ),
     "a scale of summands": (
-        lambda o: torch.ops.npu.npu_quant_matmul(o.x, o.w, o.v, pertoken_scale=o.ids),
-        lambda o: scattered(torch.ops.npu.npu_quant_matmul(to_columns(o.x), o.w, o.v, pertoken_scale=gathered(o.ids))),
+        lambda o: product(o.x, o.w, o.v, pertoken_scale=o.ids),
+        lambda o: scattered(product(to_columns(o.x), o.w, o.v, pertoken_scale=gathered(o.ids))),
         "v",
         "",
     ),
