@@ -18,7 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from cpcompile.passes.lockstep import RankProgram, run_lockstep
-from cpcompile.passes.module_parallel import SharedGraph, SharedModule, share_modules
+from cpcompile.passes.module_cuts import SharedModule
+from cpcompile.passes.module_parallel import SharedGraph, share_modules
 from cpcompile.passes.weight_cuts import Cut, cut_tensor
 
 aten = torch.ops.aten
