@@ -6,9 +6,9 @@ import operator
 
 import torch.fx as fx
 
-from cpcompile.passes.collectives import arguments
+from cpcompile.passes.collectives import arguments, op_name
 from cpcompile.passes.fused_attention import FUSED
-from cpcompile.passes.op_call import Call, Demand, Mixing, RowWise, Rule, op_name
+from cpcompile.passes.op_call import Call, Demand, Mixing, RowWise, Rule
 from cpcompile.passes.row_rules import broadcast_rows, pointwise
 from cpcompile.passes.token_layout import ONE, TokenDim
 

@@ -66,10 +66,7 @@ class Canonicalise:
             rewrites += result.rewrites
             if not result.rewrites:
                 break
-        if rewrites:
-            gm.graph.lint()
-            gm.recompile()
-        return PassResult(rewrites, result.refusals)
+        return PassResult(rewrites, result.refusals).finish(gm)
 
 
 @dataclass

@@ -47,10 +47,7 @@ class GeForms:
             node.replace_all_uses_with(made)
             erase(node)
             result.rewrites += 1
-        if result.rewrites:
-            gm.graph.lint()
-            gm.recompile()
-        return result
+        return result.finish(gm)
 
 
 def _masked_put(node: fx.Node) -> fx.Node | str:

@@ -252,6 +252,11 @@ define(
     lambda input, *_, **__: torch.empty_like(input),
     _rotary_mul,
 )
+define(
+    "npu_swiglu(Tensor self, int dim=-1) -> Tensor",
+    lambda x, dim=-1: x.new_empty([*x.shape[:-1], x.shape[-1] // 2]),
+    lambda x, dim=-1: torch.nn.functional.silu(x.chunk(2, dim)[0]) * x.chunk(2, dim)[1],
+)
 
 
 # ---- experts -------------------------------------------------------------------------------------------------------
@@ -343,4 +348,30 @@ define(
     "int? pertoken_scale_dtype=None, int? scale_dtype=None, int[]? group_sizes=None, Tensor? y_scale=None) -> Tensor",
     _quant_matmul_shape,
     _quant_matmul,
+)
+
+
+# ---- products and collectives in one -------------------------------------------------------------------------------
+
+
+def _of_ranks(*_: Any, **__: Any) -> Any:
+    raise AssertionError("of several ranks: a test says what they compute together")
+
+
+define(
+    "npu_mm_reduce_scatter_base(Tensor self, Tensor x2, str hcom, int world_size, *, str reduce_op='sum', "
+    "Tensor? bias=None, Tensor? x1_scale=None, Tensor? x2_scale=None, int comm_turn=0, ScalarType? output_dtype=None, "
+    "str? comm_mode=None) -> Tensor",
+    lambda x, x2, hcom, world_size, **_: x.new_empty((x.shape[0] // world_size, x2.shape[1])),
+    _of_ranks,
+)
+define(
+    "npu_all_gather_base_mm(Tensor self, Tensor x2, str hcom, int world_size, *, Tensor? bias=None, "
+    "Tensor? x1_scale=None, Tensor? x2_scale=None, int gather_index=0, bool gather_output=True, int comm_turn=0, "
+    "ScalarType? output_dtype=None, str? comm_mode=None) -> (Tensor, Tensor)",
+    lambda x, x2, hcom, world_size, **_: (
+        x.new_empty((x.shape[0] * world_size, x2.shape[1])),
+        x.new_empty((x.shape[0] * world_size, x.shape[1])),
+    ),
+    _of_ranks,
 )
