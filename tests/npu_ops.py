@@ -179,8 +179,9 @@ define(
 
 def _scatter(input: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
     out = input.clone()
-    for row, (place,) in enumerate(indices.tolist()):
-        out[place] = updates[row]
+    for row, place in enumerate(indices.tolist()):
+        assert all(0 <= number < size for number, size in zip(place, out.shape, strict=False))
+        out[tuple(place)] = updates[row]
     return out
 
 
