@@ -179,8 +179,9 @@ define(
 
 def _scatter(input: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
     out = input.clone()
-    for row, (place,) in enumerate(indices.tolist()):
-        out[place] = updates[row]
+    for row, place in enumerate(indices.tolist()):
+        assert all(0 <= number < size for number, size in zip(place, out.shape, strict=False))
+        out[tuple(place)] = updates[row]
     return out
 
 
@@ -351,7 +352,7 @@ define(
 )
 
 
-# ---- products and collectives in one -------------------------------------------------------------------------------
+# ---- collectives ----------------------------------------------------------------------------------------------------
 
 
 def _of_ranks(*_: Any, **__: Any) -> Any:
@@ -374,4 +375,18 @@ define(
         x.new_empty((x.shape[0] * world_size, x.shape[1])),
     ),
     _of_ranks,
+)
+define(
+    "reduce_scatter_tensor_uneven(Tensor input_tensor, SymInt[] send_counts, SymInt recv_count, str reduce_type, "
+    "str tag, int[] rank_list, int group_size, SymInt[] send_displacements) -> Tensor",
+    lambda x, send_counts, recv_count, *_: x.new_empty((recv_count, *x.shape[1:])),
+    _of_ranks,
+    namespace="npu_define",
+)
+define(
+    "allgather_in_tensor_uneven(Tensor input_tensor, SymInt send_count, SymInt[] recv_counts, str tag, "
+    "int[] rank_list, int group_size, SymInt[] recv_displacements) -> Tensor",
+    lambda x, send_count, recv_counts, *_: x.new_empty((sum(recv_counts), *x.shape[1:])),
+    _of_ranks,
+    namespace="npu_define",
 )

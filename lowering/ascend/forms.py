@@ -18,6 +18,7 @@ from cpcompile.passes.npu_quant import NpuQuant
 from cpcompile.passes.npu_rope import NpuRope
 from cpcompile.passes.npu_routed_experts import NpuRoutedExperts
 from cpcompile.passes.npu_swiglu import NpuSwiglu
+from cpcompile.passes.npu_uneven import NpuUneven
 from cpcompile.passes.paged_keys import PagedKeys
 from cpcompile.passes.recognise_routed_experts import RecogniseRoutedExperts
 
@@ -28,6 +29,8 @@ def ascend_passes(settings: Settings) -> list[GraphPass]:
     passes += [NpuRoutedExperts(), NpuGating(), NpuNorms(), NpuRope(), NpuSwiglu(), NpuQuant()]
     if settings.mc2:
         passes.append(NpuMc2())
+    if settings.uneven_collectives:
+        passes.append(NpuUneven())  # what MC2 has not taken along
     return [*passes, GeForms()]
 
 
