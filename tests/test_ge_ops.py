@@ -16,10 +16,11 @@ import test_ge_moe
 import test_ge_moe_exchange
 import torch
 from ge_build import attr, one_op, run_op
-from ge_cases import BF, INT, JNT, B, Case, X, i64, scalar
+from ge_cases import BF, CUBE, INT, JNT, B, Case, X, i64, rand, scalar
 
 from cpcompile.lowering.ge import GeError, GeProgram, interpret, op_types
 
+I8 = rand(4, 4, dtype=torch.int8)
 CASES = [*ge_cases_elementwise.CASES, *ge_cases_positions.CASES, *ge_cases_numbers.CASES]
 ELSEWHERE = (
     test_ge_attention, test_ge_collectives, test_ge_fused_attention, test_ge_mla, test_ge_moe, test_ge_moe_exchange,
@@ -64,6 +65,33 @@ def test_an_op_type_that_is_not_known_is_an_error_and_never_skipped() -> None:
             {"x": X, "begin": i64(0), "end": i64(1)},
             {"new_axis_mask": 1},
             "'new_axis_mask': expected 0",
+        ),
+        ("Gather", {"x": X, "indices": i64(0)}, {"batch_dims": 1}, "attribute 'batch_dims': expected 0, found 1"),
+        (
+            "GatherV2",
+            {"x": X, "indices": i64(0), "axis": i64(1)},
+            {"batch_dims": 1},
+            "attribute 'batch_dims': expected 0",
+        ),
+        ("RotaryPositionEmbedding", {"x": CUBE, "cos": CUBE, "sin": CUBE}, {"mode": 2}, "'mode': expected 0 or 1 or 3"),
+        ("Sort", {"x": X}, {"axis": 0}, "attribute 'axis': expected the last dim, found 0"),
+        ("SoftmaxV2", {"x": X}, {"axes": [0, 1]}, r"attribute 'axes': expected one dim, found \[0, 1\]"),
+        ("Histogram", {"x": X}, {"min": 1.0, "max": 1.0}, "expected 'min' below 'max', found 1.0 and 1.0"),
+        ("DynamicQuant", {"x": X}, {"dst_type": torch.int32}, "attribute 'dst_type': expected torch.int8"),
+        ("AscendQuantV2", {"x": X, "scale": X[0]}, {"axis": 0}, "attribute 'axis': expected the last dim, found 0"),
+        ("AscendQuantV2", {"x": X, "scale": X[0]}, {"round_mode": "floor"}, "'round_mode': expected 'round', found"),
+        (
+            "Scatter",
+            {"var": X, "indices": i64(0), "updates": X},
+            {"reduce": "add", "axis": 1},
+            "'reduce': expected 'up",
+        ),
+        ("PadV3", {"x": X, "paddings": i64(0, 0, 0, 0)}, {"mode": "reflect"}, "'mode': expected 'constant', found"),
+        (
+            "QuantBatchMatmulV4",
+            {"x1": I8, "x2": I8, "x2_scale": X[0]},
+            {"dtype": torch.bfloat16, "group_size": 32},
+            "attribute 'group_size': expected -1 or 0, found 32",
         ),
         (
             "SplitV",
@@ -112,6 +140,64 @@ def test_operands_are_not_promoted(op_type: str, inputs: Any, message: str) -> N
         ("ReduceSum", {"x": X, "axes": i64()}, {}, "expected at least one dim"),
         ("Swish", {"x": X, "y": X}, {}, r"unknown or repeated input 'y' \(known: x\)"),
         ("Add", {"x1": X}, {}, "expected input 'x2', found none"),
+        ("MatMul", {"x1": CUBE, "x2": CUBE}, {}, r"expected two matrices, found .2, 3, 4. and .2, 3, 4."),
+        ("MatMul", {"x1": X, "x2": X[0]}, {}, r"expected two matrices, found .3, 4. and .4."),
+        ("MaskedFill", {"x": X, "mask": X > 0, "value": X[0, :2]}, {}, r"expected one value, found .2."),
+        ("Squeeze", {"x": X}, {"axis": [0]}, r"expected size 1 of dim 0, found shape .3, 4."),
+        ("Split", {"split_dim": scalar(0, torch.int32), "x": X}, {"num_split": 2}, "expected dim 0 divisible by 2"),
+        (
+            "StridedSliceV2",
+            {"x": X, "begin": i64(2), "end": i64(0), "axes": i64(0), "strides": i64(-1)},
+            {},
+            r"input 'strides': expected positive numbers, found \[-1\]",
+        ),
+        ("Pad", {"x": X, "paddings": torch.tensor([[0, 0], [-1, 0]])}, {}, "input 'paddings': expected none below 0"),
+        ("IndexByTensor", {"x": X, "indices": [i64(0)]}, {"indices_mask": [1, 1]}, "expected 2 index tensors, found 1"),
+        (
+            "IndexByTensor",
+            {"x": X, "indices": [i64(0), i64(0)]},
+            {"indices_mask": [1, 0]},
+            "expected 1 index tensors, found 2",
+        ),
+        (
+            "Scatter",
+            {"var": X.clone(), "indices": i64(-1, 0, 0), "updates": X[:, :1]},
+            {"reduce": "update", "axis": 1},
+            r"no 1 elements from -1 in \[3, 4\]",
+        ),
+        (
+            "ScatterPaKvCache",
+            {
+                "key": CUBE[0, :, None],
+                "key_cache": CUBE[..., None, :],
+                "slot_mapping": i64(0, 1, 6),
+                "value": CUBE[0, :, None],
+                "value_cache": CUBE[..., None, :],
+                "compress_lens": None,
+            },
+            {},
+            r"expected positions in \[0, 6\), found 0 to 6",
+        ),
+        (
+            "ScatterPaKvCache",
+            {
+                "key": CUBE[0, :, None],
+                "key_cache": CUBE[..., None, :],
+                "slot_mapping": i64(0, 1, 2),
+                "value": CUBE[0, :, None],
+                "value_cache": CUBE[..., None, :],
+                "compress_lens": i64(1),
+            },
+            {},
+            "input 'compress_lens' is not part of the reference",
+        ),
+        ("QuantBatchMatmulV4", {"x1": I8, "x2": I8}, {"dtype": torch.float16}, "expected x2_scale, found none"),
+        (
+            "QuantBatchMatmulV3",
+            {"x1": I8, "x2": I8, "scale": X[0], "offset": X[0]},
+            {"dtype": torch.float16},
+            "input 'offset' is not part of the reference",
+        ),
         (
             "MatMulV2",
             {"x1": X, "x2": X, "offset_w": torch.ones(4, dtype=torch.int8)},
@@ -130,6 +216,31 @@ def test_a_result_of_another_dtype_than_the_traced_graph_says_is_an_error() -> N
     desc = graph.op("tested").output_descs[0]
     desc.dtype, desc.traced = torch.bfloat16, True
     with pytest.raises(GeError, match="output 0: the traced graph expects bfloat16, found float32; a cast is missing"):
+        interpret([GeProgram(graph, values)])
+
+
+def test_what_the_graph_made_up_of_a_result_is_not_held_against_it() -> None:
+    graph, values = one_op("Swish", {"x": X})
+    desc = graph.op("tested").output_descs[0]
+    desc.dtype, desc.traced = torch.bfloat16, False
+    interpret([GeProgram(graph, values)])
+
+
+@pytest.mark.parametrize("names", [("x1", "x1"), ("x2", "x2")])
+def test_an_input_that_is_given_twice_is_an_error(names: tuple[str, str]) -> None:
+    graph, values = one_op("Add", {"x1": X, "x2": X})
+    for desc, name in zip(graph.op("tested").input_descs, names, strict=True):
+        desc.name = name
+    with pytest.raises(GeError, match=f"unknown or repeated input {names[0]!r}"):
+        interpret([GeProgram(graph, values)])
+
+
+@pytest.mark.parametrize("names", [("x1", "x0"), ("x0", "x2"), ("x0", "xs")])
+def test_parts_of_a_dynamic_input_that_are_out_of_order_are_an_error(names: tuple[str, str]) -> None:
+    graph, values = one_op("Pack", {"x": [X, X]}, N=2)
+    for desc, name in zip(graph.op("tested").input_descs, names, strict=True):
+        desc.name = name
+    with pytest.raises(GeError, match="unknown or repeated input"):
         interpret([GeProgram(graph, values)])
 
 
