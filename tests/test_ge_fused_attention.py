@@ -71,7 +71,7 @@ def left_up(b: int, row: int, rows: int, keys: int) -> list[int]:
 
 
 def right_down(b: int, row: int, rows: int, keys: int) -> list[int]:
-    return list(range(keys - rows + row + 1))
+    return list(range(max(keys - rows + row + 1, 0)))
 
 
 MASK = torch.rand(BATCH, 1, ROWS, KEYS, generator=torch.Generator().manual_seed(0)) < 0.4
@@ -154,6 +154,16 @@ def test_a_request_without_rows_and_one_without_keys() -> None:
     wanted = laid_out(expected(everything, False, rows, keys), "TND", rows)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert not found[5:].any()  # a row without keys is zero
+
+
+@pytest.mark.parametrize("mode", ["left-up causal", "right-down causal"])
+def test_rows_ahead_of_all_keys_see_none(mode: str) -> None:
+    """Right-down, as there are fewer keys than rows; left-up, the first row sees the first key."""
+    number, mask, seen = MODES[mode]
+    rows, keys = [5, 2, 4], [3, 1, 4]
+    wanted = expected(seen, False, rows, keys)
+    found = attended("BSND", number, mask, rows=rows, keys=keys)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_keys_have_as_many_heads_as_queries_unless_said() -> None:

@@ -212,6 +212,9 @@ def test_rows_from_several_ranks_are_put_by_expert_and_rank(dtype: torch.dtype) 
     order = [0, 1, 3, 2, 4, 5]
     assert torch.equal(found[0], rows[order]) and torch.equal(found[1], scales[order]) and found[2].tolist() == order
     assert found[3].tolist() == [3, 3]
+    del inputs["per_token_scales"]
+    found = run_op("MoeReRouting", inputs, 4)
+    assert found[1].shape == (6,) and found[1].isnan().all()
 
 
 @pytest.mark.parametrize(

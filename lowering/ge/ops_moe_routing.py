@@ -84,6 +84,7 @@ def moe_re_routing(
     """Rows ``tokens [A, H]`` by rank, and within one by expert, put by expert, and within one by rank.
 
     ``expert_token_num_per_rank [N, E]`` are their numbers; ``permute_token_idx [A]`` says where a row came from.
+    Without scales theirs are anything, here NaN.
     Source: REG_OP(MoeReRouting); its documentation admits the default of both attributes only.
     """
     expect_default({"num": expert_token_num_type, "idx": idx_type}, num=1, idx=0)
@@ -91,6 +92,6 @@ def moe_re_routing(
     expect(int(counts.sum()) == len(tokens), f"expected {len(tokens)} rows in all, found {counts.tolist()}")
     experts = torch.arange(counts.shape[1]).repeat(counts.shape[0]).repeat_interleave(counts.reshape(-1))
     order = experts.sort(stable=True).indices
-    scales = torch.empty(0) if per_token_scales is None else per_token_scales[order]
+    scales = torch.full((len(tokens),), torch.nan) if per_token_scales is None else per_token_scales[order]
     numbers = counts.sum(0).to(expert_token_num_per_rank.dtype)
     return tokens[order], scales, order.to(torch.int32), numbers
