@@ -218,9 +218,10 @@ def is_mutable(node: fx.Node) -> bool:
 
 
 def sees_more(node: fx.Node) -> bool:
-    """Whether ``node`` calls an op of a serving framework, itself or functionalised: it reads and writes caches and
-    metadata that are not among its arguments, so that its calls must stay in order.
-    """  # noqa: D205
+    """Whether ``node`` calls an op of vLLM's, itself or functionalised.
+
+    Those read and write caches and metadata that are not among their arguments, so that their calls must stay in order.
+    """
     op = node.args[0] if isinstance(node.target, HigherOrderOperator) and node.args else node.target
     return isinstance(op, OpOverload) and op.namespace == "vllm"
 

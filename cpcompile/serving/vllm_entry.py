@@ -41,9 +41,9 @@ class Entry:
         return cpcompile_backend(gm, example_inputs, options={**options, "axes": axes})
 
     @classmethod
-    def tell_if_never_called(cls) -> None:
-        """Say so if no graph has come by the end of the warm-up."""
-        if not cls.calls:
+    def tell_if_not_called_since(cls, calls: int) -> None:
+        """Say so if no graph has come in a worker's start-up, before which ``calls`` had."""
+        if cls.calls == calls:
             log.warning(
                 "cpcompile was NEVER called: vLLM runs this model uncompiled or from a cache "
                 "(look for VLLM_USE_BREAKABLE_CUDAGRAPH, VLLM_CPU_CI_ENV, or a model class that vLLM does not compile)"

@@ -49,11 +49,10 @@ def _hook(owner: type, name: str, around: Callable[..., Any]) -> None:
 def _log_as_vllm() -> None:
     """What this project logs goes where vLLM's own lines go."""
     theirs, ours = logging.getLogger("vllm"), logging.getLogger("cpcompile")
-    if not ours.handlers:
-        for handler in theirs.handlers:
-            ours.addHandler(handler)
-        ours.setLevel(theirs.level)
-        ours.propagate = False
+    for handler in theirs.handlers:
+        ours.addHandler(handler)
+    ours.setLevel(theirs.getEffectiveLevel())
+    ours.propagate = False
 
 
 def _create_engine_config(original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -121,12 +120,12 @@ def _init_device(original: Callable[..., Any], wrapper: Any, *args: Any, **kwarg
         _show_weights()
     result = original(wrapper, *args, **kwargs)
     if ours:
-        warm_up = wrapper.worker.compile_or_warm_up_model
+        warm_up, calls = wrapper.worker.compile_or_warm_up_model, Entry.calls
 
         @functools.wraps(warm_up)
         def checked(*args: Any, **kwargs: Any) -> Any:
             done = warm_up(*args, **kwargs)
-            Entry.tell_if_never_called()
+            Entry.tell_if_not_called_since(calls)
             return done
 
         wrapper.worker.compile_or_warm_up_model = checked

@@ -41,7 +41,8 @@ def read_options(additional_config: Any, tensor_parallel_size: int) -> dict[str,
     for name in given:
         if name in DECIDED:
             raise OptionError(f"additional_config[{NAME!r}]: {name} is decided by {DECIDED[name]}: leave it out")
-    Options.parse(given)
+    if Options.parse(given).verify == "numeric":
+        raise OptionError("verify='numeric' runs graphs on random data, without vLLM's caches: use 'static'")
     if given.get("plan") is not None:
         _check_plan(str(given["plan"]), tensor_parallel_size)
     return dict(given)
