@@ -54,6 +54,20 @@ def npu_norm(call: Call) -> RowWise | Mixing:
     return RowWise({**demands, gamma: None}, (found,) * len(call.shapes[call.node]))
 
 
+def vllm_norm(call: Call) -> RowWise | Mixing:
+    """Normalisation of the last dim, one or two operands of rows; the weight may be missing."""
+    weight = arguments(call.node)["weight"]
+    rows = [n for n in call.tensors if n is not weight]
+    aligned = broadcast_rows(call, call.out, rows)
+    if isinstance(aligned, Mixing):
+        return aligned
+    found, demands = aligned
+    if found.dim == len(call.out) - 1 or any(call.shape(n) != call.out for n in rows):
+        return Mixing("normalises over the tokens, or its operands differ in shape")
+    whole: dict[fx.Node, Demand] = {weight: None} if isinstance(weight, fx.Node) else {}
+    return RowWise({**demands, **whole}, (found,) * len(call.shapes[call.node]))
+
+
 def npu_rope(call: Call) -> RowWise | Mixing:
     """Rotation of the last dim, with broadcasting."""
     found = pointwise(call)

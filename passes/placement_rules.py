@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx as fx
 
-from cpcompile.passes.attention_rules import fused_attention, npu_norm, npu_rope, queries, routed
+from cpcompile.passes.attention_rules import fused_attention, npu_norm, npu_rope, queries, routed, vllm_norm
 from cpcompile.passes.collectives import op_name
 from cpcompile.passes.fused_attention import FUSED, is_random
 from cpcompile.passes.op_call import Call, Layouts, Mixing, RowWise, Rule
@@ -45,6 +45,7 @@ from cpcompile.passes.row_rules import (
     view,
 )
 from cpcompile.passes.token_layout import Expr, Shape
+from cpcompile.passes.vllm_ops import why_whole
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ RULES: Mapping[str, OpRule] = {
     "cpcompile::paged_attention": OpRule(queries(frozenset({1, 3}), 0), _ROWS),
     **{f"npu::{n}": OpRule(npu_norm, _NPU) for n in ("npu_rms_norm", "npu_add_rms_norm")},
     **{f"npu::{n}": OpRule(npu_rope, _NPU) for n in ("npu_interleave_rope", "npu_rotary_mul")},
+    **{f"vllm_ir::{n}": OpRule(vllm_norm, "vLLM 0.32, vllm/ir/ops") for n in ("rms_norm", "fused_add_rms_norm")},
     **{name: OpRule(fused_attention, "torch.nn.functional.scaled_dot_product_attention") for name in FUSED},
     "getitem": OpRule(getitem, "own: picks one output", "homogeneous"),
     "_c10d_functional::all_reduce": OpRule(pointwise, "own: elementwise over the ranks of another axis", "homogeneous"),
@@ -178,7 +180,7 @@ def classify(
     """
     known = find_rule(node)
     if known is None:
-        return Mixing(f"{op_name(node.target)} is not in the table of token-wise ops")
+        return Mixing(why_whole(node) or f"{op_name(node.target)} is not in the table of token-wise ops")
     if known.rule is data_free:
         return data_free(Call(node, tokens, layouts, shapes))
     if not any(any(layouts.get(n, ())) for n in node.all_input_nodes):

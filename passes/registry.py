@@ -14,6 +14,7 @@ from cpcompile.passes.base import GraphPass
 
 # In the order in which the pipeline runs them, and then what a target may run on its outcome.
 PASSES: Mapping[str, str] = {
+    "vllm-ops": "cpcompile.passes.vllm_ops:VllmOps",
     "canonicalise": "cpcompile.passes.canonicalise:Canonicalise",
     "per-token-attention": "cpcompile.passes.per_token_attention:PerTokenAttention",
     "recognise-sparse-attention": "cpcompile.passes.recognise_sparse_attention:RecogniseSparseAttention",

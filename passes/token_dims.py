@@ -24,7 +24,7 @@ from cpcompile.passes.placement_rules import classify
 from cpcompile.passes.token_layout import ONE, Expr, Shape, TokenDim, row_dim, value_shapes
 
 # Ops of these namespaces are pure functions of their arguments: same arguments, same result on every rank.
-PURE_NAMESPACES = frozenset({"aten", "prims", "transformers", "cpcompile"})
+PURE_NAMESPACES = frozenset({"aten", "prims", "transformers", "cpcompile", "vllm_ir"})
 
 
 @dataclass
@@ -204,6 +204,8 @@ def _is_replicated(
         return True
     if node.op != "call_function":
         return False
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return False  # what an op inside reads besides its arguments (a cache, weights of its own) is not known
     if isinstance(node.target, torch._ops.OpOverload):
         namespace = node.target.namespace
         if namespace == "_c10d_functional":

@@ -14,6 +14,7 @@ import sympy
 import torch
 import torch.distributed as dist
 import torch.fx as fx
+import vllm_ops  # noqa: F401  defines the ops
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -393,13 +394,21 @@ CASES: dict[str, list[Op]] = {
         op("01", A.bitwise_and.Tensor, i(6, 8), i(6, 8)),
     ],
 }
-NPU, OWN = torch.ops.npu, torch.ops.cpcompile
+NPU, OWN, VLLM_IR = torch.ops.npu, torch.ops.cpcompile, torch.ops.vllm_ir
 TABLE = (i32(6), i32(6, 3))  # key lengths and block table of rows
 # Rows that DTensor knows nothing of.
 OTHERS: dict[str, list[Op]] = {
     "npu::npu_rms_norm": [
         op("01", NPU.npu_rms_norm.default, f(6, 4, 8), f(8)),
         op("0", NPU.npu_rms_norm.default, f(6, 4, 8), f(4, 8)),
+    ],
+    "vllm_ir::rms_norm": [
+        op("01", VLLM_IR.rms_norm.default, f(6, 4, 8), f(8), 1e-6),
+        op("01", VLLM_IR.rms_norm.default, f(6, 4, 8), None, 1e-6, 4),
+    ],
+    "vllm_ir::fused_add_rms_norm": [
+        op("0", VLLM_IR.fused_add_rms_norm.default, f(6, 8), f(6, 8), f(8), 1e-6),
+        op("01", VLLM_IR.fused_add_rms_norm.default, f(6, 4, 8), f(6, 4, 8), None, 1e-6),
     ],
     "npu::npu_add_rms_norm": [op("01", NPU.npu_add_rms_norm.default, f(6, 4, 8), f(6, 4, 8), f(8))],
     "npu::npu_interleave_rope": [
@@ -509,7 +518,7 @@ ON_CUDA = {f"aten::_scaled_dot_product_{n}_attention" for n in ("flash", "effici
 
 def test_every_row_has_cases() -> None:
     assert CASES.keys() - {"pointwise"} == {name for name in RULES if name.startswith("aten::")} - ON_CUDA
-    assert OTHERS.keys() == {name for name in RULES if name.startswith(("npu::", "cpcompile::paged_"))}
+    assert OTHERS.keys() == {name for name in RULES if name.startswith(("npu::", "cpcompile::paged_", "vllm_ir::"))}
     for name, calls in EVERY.items():
         if name != "pointwise":
             assert {op_name(call.target) for call in calls} == {name}
