@@ -156,15 +156,15 @@ def _padded(size: int, tokens: Expr) -> Expr:
 def _counts(at: fx.Node, tokens: Rows, size: int) -> list[Rows]:
     """How many of the T rows lie from ``r * c`` to ``(r + 1) * c``, for each rank r, where c is ceil(T/n).
 
-    Up to ``k * c`` there are ``k * c - q * (k * c - T)`` rows, where q says whether that is beyond T: 1 if so, else 0.
-    It is ``(k * c + n - 1) // (T + n)``, as ``k * c <= T + n - 1``.
+    Up to ``k * c`` there are ``k * c - q * (k * c - T)`` rows, where q says whether that is at least T: 1 if so, else
+    0. It is ``(k * c + n) // (T + n)``, as ``k * c <= T + n - 1``.
     """
     plus, times, over = (partial(each, at) for each in (_plus, _times, _over))
     each = over(plus(tokens, size - 1), size)
     ends: list[Rows] = [0, each]  # the first rank's are never beyond T
     for k in range(2, size):
         end = times(each, k)
-        beyond = over(plus(end, size - 1), plus(tokens, size))
+        beyond = over(plus(end, size), plus(tokens, size))
         ends.append(plus(end, times(beyond, plus(tokens, times(end, -1)))))
     ends.append(tokens)
     return [each, *(plus(b, times(a, -1)) for a, b in itertools.pairwise(ends[1:]))]

@@ -12,6 +12,7 @@ from cpcompile.passes.ge_forms import GeForms
 from cpcompile.passes.inline_composites import InlineComposites
 from cpcompile.passes.npu_attention import NpuAttention
 from cpcompile.passes.npu_gating import NpuGating
+from cpcompile.passes.npu_key_cache import NpuKeyCache
 from cpcompile.passes.npu_mc2 import NpuMc2
 from cpcompile.passes.npu_norms import NpuNorms
 from cpcompile.passes.npu_quant import NpuQuant
@@ -26,7 +27,7 @@ from cpcompile.passes.recognise_routed_experts import RecogniseRoutedExperts
 def ascend_passes(settings: Settings) -> list[GraphPass]:
     """The passes, in order."""
     passes: list[GraphPass] = [RecogniseRoutedExperts(), InlineComposites(), PagedKeys(), NpuAttention()]
-    passes += [NpuRoutedExperts(), NpuGating(), NpuNorms(), NpuRope(), NpuSwiglu(), NpuQuant()]
+    passes += [NpuRoutedExperts(), NpuGating(), NpuNorms(), NpuRope(), NpuSwiglu(), NpuQuant(), NpuKeyCache()]
     if settings.mc2:
         passes.append(NpuMc2())
     if settings.uneven_collectives:
