@@ -160,6 +160,7 @@ SCALE = torch.ones(1)
         ("KvRmsNormRopeCache", {**KEYS, "k_cache": ROPES[:, :, 0]}, {"cache_mode": "PA"}, "expected a cache .blocks"),
         ("MlaProlog", PROLOG, {"cache_mode": "PA_NZ"}, "attribute 'cache_mode': expected 'PA_BSND', found 'PA_NZ'"),
         ("MlaPrologV2", {**PROLOG, "quant_scale_ckr": SCALE}, {}, "is not part of the reference"),
+        ("MlaPrologV2", {**PROLOG, "dequant_scale_w_dq": SCALE}, {}, "input 'w_dq' is not part of the reference"),
         ("MlaPrologV3", {**PROLOG, "dequant_scale_x": SCALE}, {}, "is not part of the reference"),
         ("MlaPrologV3", {**PROLOG, "k_nope_clip_alpha": SCALE}, {}, "input 'k_nope_clip_alpha' is not part"),
         ("MlaPrologV3", PROLOG, {"weight_quant_mode": 1}, "attribute 'weight': expected 0, found 1"),

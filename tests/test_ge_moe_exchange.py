@@ -112,6 +112,9 @@ def test_rows_arrive_by_expert_then_rank_then_token(version: str, sizes: tuple[i
         assert torch.equal(found[0][: len(whole)], whole) and found[0][len(whole) :].isnan().all()
         assert found[3].tolist() == [sum(counts[e * RANKS : (e + 1) * RANKS]) for e in range(LOCAL)]
         assert found[4].tolist() == torch.tensor(counts).cumsum(0).tolist()
+        if not version:
+            ids = inputs[rank]["expert_ids"].flatten().tolist()
+            assert found[2].tolist() == [ids[:i].count(expert) for i, expert in enumerate(ids)]
         assert [part.numel() for part in (found[1], *found[5:])] == [0, 0, 0]
 
 
