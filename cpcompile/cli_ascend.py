@@ -69,6 +69,7 @@ def lower(
 def doctor() -> None:
     """Say what is installed, which targets work here, and how to get the others."""
     from cpcompile.lowering.ascend.doctor import examine
+    from cpcompile.serving.doctor import examine as examine_serving
 
-    for line in examine():
+    for line in [*examine(), "", *examine_serving()]:
         typer.echo(line)

@@ -6,10 +6,11 @@ import logging
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 import torch.fx as fx
 
 from cpcompile.backend import cpcompile_backend
-from cpcompile.serving.vllm_settings import read_options
+from cpcompile.serving.vllm_settings import check_ranks, read_options
 
 log = logging.getLogger("cpcompile")
 
@@ -37,6 +38,7 @@ class Entry:
         config = self.vllm_config
         options = read_options(config.additional_config, config.parallel_config.tensor_parallel_size)
         tp = get_tp_group()
+        check_ranks(config.parallel_config, torch.distributed.get_world_size(), tp.ranks)
         axes = {"tp": tp.device_group} if tp.world_size > 1 else {}
         return cpcompile_backend(gm, example_inputs, options={**options, "axes": axes})
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cpcompile.errors import OptionError, PlanError, nearest
+from cpcompile.errors import GroupError, OptionError, PlanError, nearest
+from cpcompile.mesh import Sizes, rank_groups
 from cpcompile.options import Options
 from cpcompile.plan import Plan
 
@@ -55,6 +56,24 @@ def _check_plan(path: str, tensor_parallel_size: int) -> None:
     if sizes["tp"] != tensor_parallel_size:
         found = f"is for tensor_parallel_size {sizes['tp']}, found {tensor_parallel_size}"
         raise PlanError(f"the plan {path} {found}: make a new plan")
+
+
+def check_ranks(parallel_config: Any, world: int, tp_ranks: Sequence[int]) -> None:
+    """Check that vLLM's tensor-parallel group of this rank is one of ours for the same sizes and rank order.
+
+    Raises:
+        GroupError: it is not, or the sizes do not fit.
+    """
+    sizes = Sizes(
+        world=world,
+        dp=parallel_config.data_parallel_size,
+        pp=parallel_config.pipeline_parallel_size,
+        cp=parallel_config.prefill_context_parallel_size,
+        tp=parallel_config.tensor_parallel_size,
+    )
+    groups = rank_groups(sizes, "vllm").kinds["tp"].groups
+    if tuple(tp_ranks) not in groups:
+        raise GroupError(f"vLLM's tensor-parallel ranks {list(tp_ranks)}: expected one of {[list(g) for g in groups]}")
 
 
 def identity(options: Mapping[str, Any]) -> dict[str, str]:
