@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def test_the_other_rank_ends_with_an_error(tmp_path: Path) -> None:
             end(process)
     said = tail(tmp_path / "log0")
     assert code == 1, said
-    assert "RuntimeError" in said and "gloo" in said and "Connection closed by peer" in said
+    assert re.search(r"RuntimeError: .*gloo.*Connection (closed|reset) by peer", said), said
     assert not (tmp_path / "out.0").exists()
 
 
