@@ -47,6 +47,7 @@ REFUSED: list[tuple[str, Callable[..., Tensor]]] = [
     (PRODUCTS, lambda x, w: (x @ w[:, 4:]).view(1, 3, 4) * silu((x @ w[:, :4]).view(1, 3, 4))),
     (HALVES, lambda x, w: silu(x @ w[:, :4]) * x[:, :4]),
     (HALVES, lambda x, w: silu((x @ w)[:, :4]) * (x @ w)[:, 4:].relu()),
+    (HALVES, lambda x, w: silu((x @ w)[:, :4]) * (x @ w.exp())[:, 4:]),
     (HALVES, lambda x, w: silu((b := x @ w)[:, 1:5]) * b[:, 4:]),
     (ORDER, lambda x, w: silu((b := x @ w)[:, 4:]) * b[:, :4]),
     (ORDER, lambda x, w: silu((b := x @ w)[:, :4]) * b[:, :4]),
