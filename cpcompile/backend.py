@@ -149,7 +149,8 @@ def _tell(compiled: Compiled, options: Options) -> Path | None:
         log.info("cpcompile: %s: %s", span, what)
         reduced = [c for c in reports[variant.first].collectives if c.kind == "all_reduce"]
         done = sum(c.decision in REWRITTEN for c in reduced)
-        log.info("cpcompile: %s%s: %d of %d all-reduces rewritten", span, _ranks(compiled), done, len(reduced))
+        if reduced:
+            log.info("cpcompile: %s%s: %d of %d all-reduces rewritten", span, _ranks(compiled), done, len(reduced))
     for axis, reason in compiled.refused.items():
         log.warning("cpcompile: axis %s is left alone: %s", axis, reason)
     payload = {str(first): report.to_dict() for first, report in reports.items()}
