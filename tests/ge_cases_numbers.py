@@ -205,6 +205,18 @@ CASES = [
     ),
     *(
         Case(
+            "QuantBatchMatmul",
+            {"x1": a, "x2": b, "bias": BIAS.int(), "deq_scale": PACKED},
+            ((EXACT + BIAS.int()) * SCALE).half(),
+            {turned: True},
+        )
+        for a, b, turned in (
+            (INT8_A.T.contiguous(), INT8_B.T.contiguous(), "adj_x1"),
+            (INT8_A, INT8_B, "adj_x2"),
+        )
+    ),
+    *(
+        Case(
             "QuantBatchMatmulV4",
             {"x1": a.to(kind), "x2": b.to(kind), "bias": BIAS, "x1_scale": POSITIVE[:, 0], "x2_scale": SCALE},
             (EXACT * SCALE * POSITIVE[:, :1] + BIAS).bfloat16(),

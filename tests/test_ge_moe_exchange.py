@@ -47,13 +47,18 @@ def dispatched(version: str, inputs: list[dict[str, Tensor]], **attrs: Any) -> l
 
 
 def combined(
-    version: str, inputs: list[dict[str, Tensor]], sent: list[list[Tensor]], rows: list[Tensor], **attrs: Any
+    version: str,
+    inputs: list[dict[str, Tensor]],
+    sent: list[list[Tensor]],
+    rows: list[Tensor],
+    more: dict[str, Tensor] | None = None,
+    **attrs: Any,
 ) -> list[Tensor]:
     info = "assist_info_for_combine" if version else "expand_idx"
     given = [
         {
             "expand_x": rows[rank], "expert_ids": own["expert_ids"], info: sent[rank][2],
-            "ep_send_counts": sent[rank][4], "expert_scales": scales_of(own["expert_ids"]),
+            "ep_send_counts": sent[rank][4], "expert_scales": scales_of(own["expert_ids"]), **(more or {}),
         }
         for rank, own in enumerate(inputs)
     ]  # fmt: skip
@@ -116,6 +121,14 @@ def test_rows_arrive_by_expert_then_rank_then_token(version: str, sizes: tuple[i
             ids = inputs[rank]["expert_ids"].flatten().tolist()
             assert found[2].tolist() == [ids[:i].count(expert) for i, expert in enumerate(ids)]
         assert [part.numel() for part in (found[1], *found[5:])] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("chosen", [1, 3])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_there_is_room_for_all_tokens_of_all_ranks_and_no_more(version: str, chosen: int) -> None:
+    inputs = [{**own, "expert_ids": torch.arange(chosen).repeat(4, 1).int()} for own in tokens_of((4, 4, 4))]
+    for found in dispatched(version, inputs):
+        assert len(found[0]) == 4 * RANKS * min(LOCAL, chosen)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -188,6 +201,9 @@ def back(version: str, **changes: Any) -> None:
             lambda: dispatched("", [{**i, "x_active_mask": torch.ones(4, dtype=torch.bool)} for i in INPUTS]),
             "input 'x_active_mask' is not part of the reference",
         ),
+        (lambda: back("", more={"activation_scale": torch.ones(4)}), "'activation_scale' is not part of the reference"),
+        (lambda: back("", more={"group_list": torch.ones(2).long()}), "'group_list' is not part of the reference"),
+        (lambda: back("", more={"expert_scales": torch.ones(4, 1)}), r"expert_scales: expected \[4, 2\]"),
         (lambda: back("", comm_quant_mode=2), "'comm_quant_mode': expected 0, found 2"),
         (lambda: back("V2", copy_expert_num=2), "'copy_expert_num': expected 0, found 2"),
         (lambda: back("", outputs={2: lambda t: t.flip(0)}), "expand_idx is not of a dispatch to these experts"),
