@@ -102,7 +102,9 @@ def _compile_inference(
     for variant in variants:
         if id(variant.gm) not in lowered:
             where = folder / f"from_{variant.first}" if folder is not None else None
-            settings = Settings(options.compiler_config, options.mc2, where, options.uneven_collectives)
+            settings = Settings(
+                options.compiler_config, options.mc2, where, options.uneven_collectives, options.mla_prolog
+            )
             lowered[id(variant.gm)] = lower(target, variant.gm, examples_of(variant.gm, aot_inputs, parts), settings)
     run = [lowered[id(v.gm)] for v in variants]
     firsts = [v.first for v in variants]

@@ -28,6 +28,7 @@ def lower(
     ] = False,
     mc2: Annotated[bool, typer.Option("--mc2", help="Matmul and its reduce-scatter or all-gather as one op.")] = False,
     uneven: Annotated[bool, typer.Option("--uneven", help="Scatter and gather uneven rows, in place of pads.")] = False,
+    mla_prolog: Annotated[bool, typer.Option("--mla-prolog", help="MLA ahead of attention as one op.")] = False,
 ) -> None:
     """Rewrite TARGET and write every rank's GE graph: dynamo.pbtxt, model.pb, options.json, summary.json.
 
@@ -58,7 +59,8 @@ def lower(
                 options = Options.parse({**given, "replicated": (*found.replicated, *replicated)})
                 compiled = compile_trace(found.trace, options)
                 folder = output / f"rank_{number}"
-                done = lower_rank(compiled, tokens, static, folder, Settings(mc2=mc2, uneven_collectives=uneven))
+                settings = Settings(mc2=mc2, uneven_collectives=uneven, mla_prolog=mla_prolog)
+                done = lower_rank(compiled, tokens, static, folder, settings)
             for line in done.lines():
                 typer.echo(line)
             missing = missing or bool(done.unsupported)

@@ -36,6 +36,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "sparse_attention": ((bool,), "True or False"),
     "mc2": ((bool,), "True or False"),
     "uneven_collectives": ((bool,), "True or False"),
+    "mla_prolog": ((bool,), "True or False"),
     "routed_experts": ((bool,), "True or False"),
     "plan": ((Plan, str, Path, type(None)), "a Plan or the path of a saved one"),
     "dump_dir": ((str, Path, type(None)), "the path of a folder"),
@@ -97,6 +98,8 @@ class Options:
             op where its constraints hold.
         uneven_collectives: on Ascend, scatter and gather as many rows as there are where the ranks do not divide them,
             in place of pads. Sums may be in another order.
+        mla_prolog: on Ascend, run absorbed MLA ahead of attention (products, norms, rotations and the writes of keys)
+            as one op where its constraints hold. Its weights have to be parameters ``[in, out]``, best in FRACTAL_NZ.
     """
 
     axes: Mapping[str, Any] = field(default_factory=dict)
@@ -123,6 +126,7 @@ class Options:
     compiler_config: Any = None
     mc2: bool = False
     uneven_collectives: bool = False
+    mla_prolog: bool = False
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:

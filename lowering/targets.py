@@ -33,12 +33,14 @@ class Settings:
         mc2: on Ascend, matmuls and the reduce-scatter or all-gather next to them as one op.
         folder: where ``ge-export`` writes.
         uneven_collectives: on Ascend, reduce-scatters and all-gathers of as many rows as there are, in place of pads.
+        mla_prolog: on Ascend, absorbed MLA ahead of attention as one op, where it fits.
     """
 
     compiler_config: Any = None
     mc2: bool = False
     folder: Path | None = None
     uneven_collectives: bool = False
+    mla_prolog: bool = False
 
 
 def prepare(target: str) -> None:

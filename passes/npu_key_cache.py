@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -18,9 +19,9 @@ aten = torch.ops.aten
 OP = "npu_kv_rmsnorm_rope_cache_v2_functional"
 LATENT, ROPE = 512, 64  # the sizes of keys that the kernel takes
 _DTYPES = (torch.float16, torch.bfloat16)
-_MOVES = (
+MOVES = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.squeeze.dim, aten.squeeze.dims,
-    aten.unsqueeze.default, aten.select.int, aten.clone.default,
+    aten.unsqueeze.default, aten.select.int, aten.clone.default, aten.expand.default, aten.slice.Tensor,
 )  # fmt: skip
 
 
@@ -44,26 +45,19 @@ class NpuKeyCache:
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         """Rewrite ``gm`` in place."""
         result = PassResult()
-        scatter = getattr(torch.ops.npu, "npu_scatter_nd_update", None)
-        if scatter is None:
-            return result
-        writes = [w for n in gm.graph.find_nodes(op="call_function", target=scatter.default) if (w := _write(n))]
         place = {node: number for number, node in enumerate(gm.graph.nodes)}
-        rotated = [w for w in writes if w.op == "npu_interleave_rope"]
-        for normed in (w for w in writes if w.op == "npu_rms_norm"):
-            partner = next((w for w in rotated if _together(normed, w)), None)
-            refused = missing_ops((OP,)) or _refused(normed, partner, place)
-            if refused or partner is None:
+        for normed, rotated in written_keys(gm):
+            refused = missing_ops((OP,)) or unfit(normed, rotated) or _late(normed, rotated, place)
+            if refused or rotated is None:
                 result.refuse(normed.node, refused)
                 continue
-            _replace(normed, partner)
-            rotated.remove(partner)
+            _replace(normed, rotated)
             result.rewrites += 1
         return result.finish(gm)
 
 
 @dataclass(frozen=True)
-class _Write:
+class Write:
     """``node`` writes to rows of ``cache`` what ``call`` of ``op`` makes of columns ``start`` and on of ``keys``."""
 
     node: fx.Node
@@ -75,26 +69,40 @@ class _Write:
     start: int
 
 
-def _write(node: fx.Node) -> _Write | None:
+def written_keys(gm: fx.GraphModule) -> list[tuple[Write, Write | None]]:
+    """Each write of normed keys, and the one of rotated keys that belongs to it."""
+    scatter = getattr(torch.ops.npu, "npu_scatter_nd_update", None)
+    if scatter is None:
+        return []
+    writes = [w for n in gm.graph.find_nodes(op="call_function", target=scatter.default) if (w := _write(n))]
+    rotated = [w for w in writes if w.op == "npu_interleave_rope"]
+    found = []
+    for normed in (w for w in writes if w.op == "npu_rms_norm"):
+        partner = next((w for w in rotated if _together(normed, w)), None)
+        if partner is not None:
+            rotated.remove(partner)
+        found.append((normed, partner))
+    return found
+
+
+def _write(node: fx.Node) -> Write | None:
     given = arguments(node)
-    cache, places, made = _moved(given["input"]), given["indices"], _moved(given["updates"])
+    cache, places, made = moved(given["input"]), given["indices"], moved(given["updates"])
     op, call = "npu_interleave_rope", made
-    if _calls(made, operator.getitem) and made.args[1] == 0 and isinstance(made.args[0], fx.Node):
+    if calls(made, operator.getitem) and made.args[1] == 0 and isinstance(made.args[0], fx.Node):
         op, call = "npu_rms_norm", made.args[0]
-    if not _calls(call, *(getattr(torch.ops.npu, op).default for op in (op,) if not missing_ops((op,)))):
+    if not calls(call, *(getattr(torch.ops.npu, op).default for op in (op,) if not missing_ops((op,)))):
         return None
-    if _calls(places, aten.unsqueeze.default):
+    if calls(places, aten.unsqueeze.default):
         places = places.args[0]
-    part = _columns(_moved(call.args[0]))
-    return (
-        _Write(node, op, call, cache, places, *part) if part and (sizes(places) or (0, 0))[1:] in ((), (1,)) else None
-    )
+    part = _columns(moved(call.args[0]))
+    return Write(node, op, call, cache, places, *part) if part and (sizes(places) or (0, 0))[1:] in ((), (1,)) else None
 
 
-def _moved(node: object) -> fx.Node:
-    """What ``node`` has the elements of, through views that keep all of them and the last dim."""
+def moved(node: object) -> fx.Node:
+    """What ``node`` has the elements of, through views and cuts that keep all of them and the last dim."""
     assert isinstance(node, fx.Node)
-    while _calls(node, *_MOVES):
+    while calls(node, *MOVES):
         source = node.args[0]
         assert isinstance(source, fx.Node)
         old, new = sizes(source) or (), sizes(node) or ()
@@ -106,10 +114,10 @@ def _moved(node: object) -> fx.Node:
 
 def _columns(node: fx.Node) -> tuple[fx.Node, int] | None:
     """The rows ``[T, D]`` that ``node`` has columns of, and from which one on."""
-    if _calls(node, operator.getitem) and _calls(node.args[0], aten.split_with_sizes.default):
+    if calls(node, operator.getitem) and calls(node.args[0], aten.split_with_sizes.default):
         given = arguments(node.args[0])
         start = sum(given["split_sizes"][: node.args[1]])
-    elif _calls(node, aten.slice.Tensor) and arguments(node)["step"] == 1:
+    elif calls(node, aten.slice.Tensor) and arguments(node)["step"] == 1:
         given = arguments(node)
         start = given["start"] or 0
     else:
@@ -119,12 +127,13 @@ def _columns(node: fx.Node) -> tuple[fx.Node, int] | None:
     return (rows, start) if last and isinstance(start, int) and start >= 0 else None
 
 
-def _together(normed: _Write, rotated: _Write) -> bool:
+def _together(normed: Write, rotated: Write) -> bool:
     width = int(normed.call.args[1].meta["val"].shape[0])  # type: ignore[union-attr]
     return (normed.keys, normed.places, normed.start + width) == (rotated.keys, rotated.places, rotated.start)
 
 
-def _refused(normed: _Write, rotated: _Write | None, place: dict[fx.Node, int]) -> str:
+def unfit(normed: Write, rotated: Write | None) -> str:
+    """Why no kernel takes these keys; empty where one does."""
     if rotated is None:
         return "no rotated keys of the same rows are written to the same places"
     gamma, (_, cos, sin) = normed.call.args[1], rotated.call.args[:3]
@@ -144,8 +153,14 @@ def _refused(normed: _Write, rotated: _Write | None, place: dict[fx.Node, int]) 
             return "keys are read elsewhere than in the cache"
     if not all(sizes(angle) == (tokens, 1, 1, ROPE) for angle in (cos, sin)):
         return "cosines are not [T, 1, 1, D]"
+    return ""
+
+
+def _late(normed: Write, rotated: Write | None, place: dict[fx.Node, int]) -> str:
+    assert rotated is not None
+    _, cos, sin = rotated.call.args[:3]
     first = min(place[normed.node], place[rotated.node])
-    if any(place[node] > first for node in (cos, sin, rotated.cache, normed.cache)):
+    if any(place[node] > first for node in (cos, sin, rotated.cache, normed.cache)):  # type: ignore[index]
         return "cosines or caches are computed behind the first write"
     return ""
 
@@ -154,13 +169,13 @@ def _ends_in(node: fx.Node, end: fx.Node) -> bool:
     """Whether ``node`` is read by ``end`` alone, through what has one reader each."""
     while node is not end:
         user = only_user(node)
-        if user is None or not (user is end or _calls(user, operator.getitem, *_MOVES)):
+        if user is None or not (user is end or calls(user, operator.getitem, *MOVES)):
             return False
         node = user
     return True
 
 
-def _replace(normed: _Write, rotated: _Write) -> None:
+def _replace(normed: Write, rotated: Write) -> None:
     at = min((normed.node, rotated.node), key=list(normed.node.graph.nodes).index)
     _, cos, sin = rotated.call.args[:3]
     width = LATENT + ROPE
@@ -171,19 +186,29 @@ def _replace(normed: _Write, rotated: _Write) -> None:
         keys = emit(at, aten.clone.default, keys, memory_format=torch.contiguous_format)
     for dim in (1, 1):
         keys = emit(at, aten.unsqueeze.default, keys, dim)
-    places = emit(at, aten.reshape.default, normed.places, [-1])
+    made = emit(
+        at, getattr(torch.ops.npu, OP).default, keys, normed.call.args[1], cos, sin, places_of(at, normed),
+        rotated.cache, normed.cache, epsilon=arguments(normed.call)["epsilon"], cache_mode="PA",
+    )  # fmt: skip
+    hand_over(at, made, ((rotated.node, 2, ROPE), (normed.node, 3, LATENT)))
+
+
+def places_of(at: fx.Node, write: Write) -> fx.Node:
+    """``[T]`` int64, ahead of ``at``: where in the flattened cache each row goes."""
+    places = emit(at, aten.reshape.default, write.places, [-1])
     if places.meta["val"].dtype != torch.int64:
         places = emit(at, aten._to_copy.default, places, dtype=torch.int64)
-    made = emit(
-        at, getattr(torch.ops.npu, OP).default, keys, normed.call.args[1], cos, sin, places, rotated.cache,
-        normed.cache, epsilon=arguments(normed.call)["epsilon"], cache_mode="PA",
-    )  # fmt: skip
-    results = ((rotated.node, 2, ROPE), (normed.node, 3, LATENT))
+    return places
+
+
+def hand_over(at: fx.Node, made: fx.Node, results: Sequence[tuple[fx.Node, int, int]]) -> None:
+    """Ahead of ``at``, put results of ``made`` in the place of writes: of each its number, and the cache's columns."""
     flat = [emit(at, aten.reshape.default, emit(at, operator.getitem, made, n), [-1, cols]) for _, n, cols in results]
     for (node, _, _), cache in zip(results, flat, strict=True):
         node.replace_all_uses_with(cache)
         erase(node)
 
 
-def _calls(node: object, *targets: object) -> TypeGuard[fx.Node]:
+def calls(node: object, *targets: object) -> TypeGuard[fx.Node]:
+    """Whether ``node`` calls one of ``targets``."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets

@@ -32,6 +32,7 @@ PASSES: Mapping[str, str] = {
     "npu-rope": "cpcompile.passes.npu_rope:NpuRope",
     "npu-swiglu": "cpcompile.passes.npu_swiglu:NpuSwiglu",
     "npu-quant": "cpcompile.passes.npu_quant:NpuQuant",
+    "npu-mla-prolog": "cpcompile.passes.npu_mla_prolog:NpuMlaProlog",
     "npu-key-cache": "cpcompile.passes.npu_key_cache:NpuKeyCache",
     "npu-mc2": "cpcompile.passes.npu_mc2:NpuMc2",
     "npu-uneven": "cpcompile.passes.npu_uneven:NpuUneven",

@@ -29,6 +29,7 @@ CASES = [
     pair("Sub", torch.sub),
     pair("Mul", torch.mul),
     pair("Mul", torch.logical_and, YES, NO),
+    Case("Muls", {"x": BF}, (BF.float() * 0.3).bfloat16(), {"value": 0.3}),
     pair("RealDiv", torch.true_divide),
     pair("Div", torch.true_divide),
     Case("Div", {"x1": i64(7, 8, 9), "x2": i64(2, 2, 2)}, i64(3, 4, 4)),

@@ -14,6 +14,7 @@ from cpcompile.passes.npu_attention import NpuAttention
 from cpcompile.passes.npu_gating import NpuGating
 from cpcompile.passes.npu_key_cache import NpuKeyCache
 from cpcompile.passes.npu_mc2 import NpuMc2
+from cpcompile.passes.npu_mla_prolog import NpuMlaProlog
 from cpcompile.passes.npu_norms import NpuNorms
 from cpcompile.passes.npu_quant import NpuQuant
 from cpcompile.passes.npu_rope import NpuRope
@@ -27,7 +28,10 @@ from cpcompile.passes.recognise_routed_experts import RecogniseRoutedExperts
 def ascend_passes(settings: Settings) -> list[GraphPass]:
     """The passes, in order."""
     passes: list[GraphPass] = [RecogniseRoutedExperts(), InlineComposites(), PagedKeys(), NpuAttention()]
-    passes += [NpuRoutedExperts(), NpuGating(), NpuNorms(), NpuRope(), NpuSwiglu(), NpuQuant(), NpuKeyCache()]
+    passes += [NpuRoutedExperts(), NpuGating(), NpuNorms(), NpuRope(), NpuSwiglu(), NpuQuant()]
+    if settings.mla_prolog:
+        passes.append(NpuMlaProlog())
+    passes.append(NpuKeyCache())  # of what the prolog has not taken along
     if settings.mc2:
         passes.append(NpuMc2())
     if settings.uneven_collectives:

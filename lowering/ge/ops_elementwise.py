@@ -28,11 +28,14 @@ def sub(x1: Tensor, x2: Tensor) -> Tensor:
 
 @op("Mul", "T, T -> y:T", T=_SUM)
 def mul(x1: Tensor, x2: Tensor) -> Tensor:
-    """``x1 * x2``, broadcast; on bool, both.
-
-    Source: REG_OP(Mul). Its prototype also has pairs of unlike dtypes; torchair casts before, so they are refused.
-    """
+    """``x1 * x2``, broadcast; on bool, both. Source: REG_OP(Mul); its pairs of unlike dtypes are refused."""
     return x1 & x2 if x1.dtype == torch.bool else x1 * x2
+
+
+@op("Muls", "T -> y:T", T=FLOAT)
+def muls(x: Tensor, *, value: float) -> Tensor:
+    """``x * value``, rounded once. Source: REG_OP(Muls); torchair writes it for half precision."""
+    return x * value
 
 
 @op("RealDiv", "T, T -> y:T", T=FLOAT)
