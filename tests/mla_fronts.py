@@ -219,6 +219,14 @@ def whole_heads_read(*args: Tensor) -> Any:
     return *queries, q.sum(), *keys(x @ down_keys, gamma_k, cos, sin, *rest)
 
 
+def absorbed_twice(*args: Tensor) -> Any:
+    x, down, gamma_q, up, absorb, down_keys, gamma_k, cos, sin, *rest = args
+    nope, rope = (npu.npu_rms_norm(x @ down, gamma_q, 1e-5)[0] @ up).view(-1, 2, NOPE + ROPE).split([NOPE, ROPE], -1)
+    every = [torch.bmm(nope.transpose(0, 1), weight) for weight in (absorb, absorb * 2)]
+    rotated = npu.npu_interleave_rope(rope.unsqueeze(2), cos, sin)
+    return *every, rotated, *keys(x @ down_keys, gamma_k, cos, sin, *rest)
+
+
 def rope_first(*args: Tensor) -> Any:
     x, down, gamma_q, up, absorb, down_keys, gamma_k, cos, sin, *rest = args
     normed = npu.npu_rms_norm(x @ down, gamma_q, 1e-5)[0]

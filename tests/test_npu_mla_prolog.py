@@ -139,6 +139,7 @@ REFUSED: list[tuple[str, Callable[..., Any], tuple[Tensor, ...]]] = [
     ("the normed queries have no second product whose heads meet a weight", fronts.not_absorbed, given()),
     ("the rest of the heads is not rotated by neighbours, but read by npu_rotary_mul", fronts.by_halves, given()),
     ("the heads are read elsewhere as well, by sum", fronts.whole_heads_read, given()),
+    ("the heads are read elsewhere as well, by bmm", fronts.absorbed_twice, given()),
     ("queries and keys are rotated by different angles", fronts.angles_differ, given()),
     ("more than its first result is read", fronts.root_read, given()),
     ("add is computed behind bmm, which the op gives", fronts.late, given()),
@@ -281,4 +282,6 @@ def test_keys_that_context_parallelism_gathers_are_refused() -> None:
     result = NpuMlaProlog()(graphs[0])
     assert result.rewrites == 0
     assert [r.reason for r in result.refusals] == ["a gather stands between the keys' product and their cache"]
+    (write,) = (node for node in graphs[0].graph.nodes if node.name == result.refusals[0].node)
+    assert write.meta["val"].shape[-1] == LATENT
     assert NpuMlaProlog()(trace.gm).rewrites == 1  # of real sizes and any number of tokens, where nothing is gathered
