@@ -68,8 +68,8 @@ def _viewed(dims: str, node: fx.Node, user: fx.Node) -> str:
         return _marks(new, [mark for mark, _ in kept])
     heads = [("N", size) for size in wide[len(kept) - 1 : -1]]
     told = [*kept[:-1], *heads, ("C", wide[-1] if wide else 0)]
-    whole = "N" not in dims and dims.endswith("C") and len(heads) == 1 and heads[0][1] * told[-1][1] == old[-1]
-    return _marks(new, [mark for mark, _ in told]) if whole and [size for _, size in told] == wide else ""
+    apart = dims.endswith("C") and len(heads) == 1 and [size for _, size in told] == wide
+    return _marks(new, [mark for mark, _ in told]) if apart else ""
 
 
 def _marks(shape: Sequence[Expr], marks: Sequence[str]) -> str:

@@ -123,7 +123,7 @@ def _match(normed: Write, rotated: Write, order: _Order) -> _Prolog:
     reason = "no other product of the keys' tokens is normed: queries have other tokens, or no norm"
     for norm in product.graph.find_nodes(op="call_function", target=torch.ops.npu.npu_rms_norm.default):
         down = moved(norm.args[0])
-        if norm is normed.call or not calls(down, aten.mm.default) or moved(down.args[0]) is not tokens:
+        if not calls(down, aten.mm.default) or moved(down.args[0]) is not tokens:
             continue
         try:
             normed_queries, up, absorbed, turned = _queries(norm, rotated)
@@ -144,17 +144,16 @@ def _queries(norm: fx.Node, keys: Write) -> tuple[fx.Node, fx.Node, fx.Node, fx.
     normed = first_result(norm)
     if isinstance(normed, str):
         raise Differs(normed)
-    products = [user for user, rows in row_readers(normed) if calls(user, aten.mm.default) and user.args[0] is rows]
+    products = [user for user, _ in row_readers(normed) if calls(user, aten.mm.default)]
     for up in products:
         ends = list(head_parts(up))
-        absorbed = [end for end in ends if end[0].target is aten.bmm.default and end[0].args[0] is end[1].node]
+        absorbed = [end for end in ends if end[0].target is aten.bmm.default]
         if absorbed:
             break
     else:
         _require(not _gathered(normed, "users"), "a gather stands between the queries' norm and their second product")
         raise Differs("the normed queries have no second product whose heads meet a weight")
-    turn = torch.ops.npu.npu_interleave_rope.default
-    turned = [end for end in ends if end[0].target is turn and end[0].args[0] is end[1].node]
+    turned = [end for end in ends if end[0].target is torch.ops.npu.npu_interleave_rope.default]
     others = [end[0] for end in ends if end not in (*absorbed[:1], *turned[:1])]
     _require(turned, f"the rest of the heads is not rotated by neighbours, but read by {_named(others)}")
     _require(not others, f"the heads are read elsewhere as well, by {_named(others)}")
@@ -186,8 +185,8 @@ def _check(found: _Prolog, order: _Order) -> None:
     wide = [weights[1][1], weights[3][1], *(sizes(gamma) for gamma in _gammas(found))]
     wanted = [heads * (NOPE + ROPE), LATENT + ROPE, (Q_LORA,), (LATENT,)]
     _require(wide == wanted, f"weights have columns {wide}, expected {wanted}")
-    named = [size for size in sizes(found.normed) or () if not size.is_number]
-    _require(len(named) < 2, "the normed queries have more than one dim of unsaid size")
+    several = [size for size in sizes(found.normed) or () if size != 1]
+    _require(len(several) <= 2, "the normed queries have tokens in more than one dim")
     _require(not (rows.is_number and rows > TOKENS), f"{rows} tokens: the kernel takes up to {TOKENS}")
     operands = _operands(found)
     dtypes = {node.meta["val"].dtype for node in operands}

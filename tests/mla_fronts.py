@@ -104,6 +104,44 @@ def batched(*args: Tensor) -> Any:
     return absorbed, rotated, normed, *keys((x[None] @ down_keys)[0], gamma_k, cos, sin, *rest)
 
 
+def read_early(*args: Tensor) -> Any:
+    """The normed queries are read ahead of their heads, and keys come last."""
+    x, down, gamma_q, up, absorb, down_keys, gamma_k, cos, sin, *rest = args
+    normed = npu.npu_rms_norm(x @ down, gamma_q, 1e-5)[0]
+    indexed = normed.sum(-1)
+    return indexed, *heads(normed, up, absorb, cos, sin), *keys(x @ down_keys, gamma_k, cos, sin, *rest)
+
+
+def turned_otherwise(*args: Tensor) -> Any:
+    """Absorbed queries are read with their columns first."""
+    x, down, gamma_q, up, absorb, down_keys, gamma_k, cos, sin, *rest = args
+    nope, rope = (npu.npu_rms_norm(x @ down, gamma_q, 1e-5)[0] @ up).view(-1, 2, NOPE + ROPE).split([NOPE, ROPE], -1)
+    absorbed = torch.bmm(nope.transpose(0, 1), absorb).permute(2, 0, 1)
+    rotated = npu.npu_interleave_rope(rope.unsqueeze(2), cos, sin)
+    return absorbed, rotated, *keys(x @ down_keys, gamma_k, cos, sin, *rest)
+
+
+def of_requests(*args: Tensor) -> Any:
+    x, down, gamma_q, up, absorb, down_keys, gamma_k, cos, sin, *rest = args
+    normed = npu.npu_rms_norm((x @ down).view(2, -1, Q_LORA), gamma_q, 1e-5)[0]
+    return normed, *heads(normed.view(-1, Q_LORA), up, absorb, cos, sin), *keys(x @ down_keys, gamma_k, cos, sin, *rest)
+
+
+def heads_left_out(*args: Tensor) -> Any:
+    x, down, gamma_q, up, absorb, down_keys, gamma_k, cos, sin, *rest = args
+    q = (npu.npu_rms_norm(x @ down, gamma_q, 1e-5)[0] @ up)[:, : 2 * (NOPE + ROPE)]
+    return *heads(q, up, absorb, cos, sin, q), *keys(x @ down_keys, gamma_k, cos, sin, *rest)
+
+
+def angles_of_heads(*args: Tensor) -> Any:
+    """With as many tokens as heads: a head's number says its angle."""
+    x, down, gamma_q, up, absorb, down_keys, gamma_k, cos, sin, *rest = args
+    normed = npu.npu_rms_norm(x @ down, gamma_q, 1e-5)[0]
+    nope, rope = (normed @ up).view(-1, 2, NOPE + ROPE).split([NOPE, ROPE], -1)
+    rotated = npu.npu_interleave_rope(rope.transpose(0, 1).unsqueeze(2), cos, sin)
+    return torch.bmm(nope.transpose(0, 1), absorb), rotated, *keys(x @ down_keys, gamma_k, cos, sin, *rest)
+
+
 def twice(*args: Tensor) -> Any:
     """Two layers, the second one's tokens made of the first one's queries, over the same angles and places."""
     x, *weights_and_caches = args
@@ -179,6 +217,14 @@ def whole_heads_read(*args: Tensor) -> Any:
     q = normed @ up
     queries = heads(normed, up, absorb, cos, sin, q)
     return *queries, q.sum(), *keys(x @ down_keys, gamma_k, cos, sin, *rest)
+
+
+def absorbed_twice(*args: Tensor) -> Any:
+    x, down, gamma_q, up, absorb, down_keys, gamma_k, cos, sin, *rest = args
+    nope, rope = (npu.npu_rms_norm(x @ down, gamma_q, 1e-5)[0] @ up).view(-1, 2, NOPE + ROPE).split([NOPE, ROPE], -1)
+    every = [torch.bmm(nope.transpose(0, 1), weight) for weight in (absorb, absorb * 2)]
+    rotated = npu.npu_interleave_rope(rope.unsqueeze(2), cos, sin)
+    return *every, rotated, *keys(x @ down_keys, gamma_k, cos, sin, *rest)
 
 
 def rope_first(*args: Tensor) -> Any:

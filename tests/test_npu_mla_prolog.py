@@ -9,38 +9,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import mla_fronts as fronts
 import npu_fused_ops  # noqa: F401  defines the ops
 import pytest
 import torch
 import torch.fx as fx
 from ascend_process import AscendProcess
-from mla_fronts import (
-    BLOCKS,
-    HIDDEN,
-    SIZE,
-    angles_differ,
-    batched,
-    biased,
-    by_halves,
-    changed,
-    front,
-    given,
-    keys_first,
-    keys_gathered,
-    late,
-    normed_keys_gathered,
-    not_absorbed,
-    other_tokens,
-    queries_gathered,
-    root_read,
-    rope_first,
-    tokens_as_heads,
-    twice,
-    unshared,
-    values,
-    whole_heads_read,
-    wider,
-)
+from mla_fronts import BLOCKS, HIDDEN, SIZE, changed, front, given, values
 from serving_models import REAL, Layer, Serving, Sizes, batch, compile_ranks, feed, mutated
 from simulate import fake_rank
 from test_ge_forms import targets, traced
@@ -51,6 +26,7 @@ from cpcompile.lowering.ascend.forms import ascend_passes
 from cpcompile.lowering.ge import GeProgram, interpret, load
 from cpcompile.lowering.targets import Settings
 from cpcompile.passes import npu_mla_prolog
+from cpcompile.passes.collectives import is_contiguous
 from cpcompile.passes.npu_key_cache import NpuKeyCache
 from cpcompile.passes.npu_mla_prolog import LATENT, NOPE, Q_LORA, ROPE, NpuMlaProlog
 
@@ -79,11 +55,17 @@ def check(function: Callable[..., Any], args: tuple[Tensor, ...], layers: int = 
     return gm
 
 
-@pytest.mark.parametrize("function", [front, unshared, keys_first, batched])
+@pytest.mark.parametrize(
+    "function", [front, fronts.unshared, fronts.keys_first, fronts.batched, fronts.read_early, fronts.turned_otherwise]
+)
 def test_queries_and_written_keys_are_of_one_op_and_equal(function: Callable[..., Any], narrow: int) -> None:
     gm = check(function, given(hidden=narrow))
     (call,) = (node for node in gm.graph.nodes if str(node.target) == FUSED)
-    assert call.kwargs["query_norm_flag"] is (function is not unshared)
+    assert call.kwargs["query_norm_flag"] is (function not in (fronts.unshared, fronts.turned_otherwise))
+    turns = [t for t in targets(gm) if "transpose" in t or "permute" in t]
+    assert len(turns) == (
+        2 if function is fronts.turned_otherwise else function is fronts.batched
+    )  # of absorbed queries alone
 
 
 @pytest.mark.parametrize(("tokens", "count", "size"), [(1, 2, 16), (1, 1, 16), (7, 1, 128), (33, 4, 16)])
@@ -91,8 +73,20 @@ def test_token_counts_heads_and_blocks(tokens: int, count: int, size: int, narro
     check(front, given(tokens, hidden=narrow, heads=count, size=size))
 
 
+@pytest.mark.parametrize(
+    ("how", "shape"),
+    [(lambda a: a.transpose(1, 2), (2, LATENT, NOPE)), (lambda a: a.view(2, NOPE, LATENT), (256, LATENT))],
+)
+def test_the_absorbed_weight_may_be_a_view(
+    how: Callable[[Tensor], Tensor], shape: tuple[int, ...], narrow: int
+) -> None:
+    gm = check(changed(absorb=how), given(hidden=narrow, absorb=values(*shape, scale=0.1)))
+    (call,) = (node for node in gm.graph.nodes if str(node.target) == FUSED)
+    assert all(is_contiguous(node) for node in call.all_input_nodes)
+
+
 def test_every_layer(narrow: int) -> None:
-    check(twice, given(hidden=narrow), layers=2)
+    check(fronts.twice, given(hidden=narrow), layers=2)
 
 
 def test_tokens_of_a_width_that_the_kernel_takes() -> None:
@@ -115,28 +109,40 @@ REFUSED: list[tuple[str, Callable[..., Any], tuple[Tensor, ...]]] = [
     ("absorbed queries of 256: the kernel takes 512", front, given(latent=256)),
     ("blocks of 32: the kernel takes 16, 128", front, given(size=32)),
     ("heads have columns [(0, 64), (64, 128)]: the kernel takes [(0, 128), (128, 192)]", front, given(nope=64)),
-    ("heads have columns [(64, 192), (0, 64)]: the kernel takes [(0, 128), (128, 192)]", rope_first, given()),
+    ("heads have columns [(64, 192), (0, 64)]: the kernel takes [(0, 128), (128, 192)]", fronts.rope_first, given()),
     ("operands of torch.float16: the kernel takes torch.bfloat16", front, halves(given(), torch.float16)),
-    ("heads are not [N, T, D], or not [T, N, 1, D]", tokens_as_heads, given(2)),
+    ("heads are not [N, T, D], or not [T, N, 1, D]", fronts.tokens_as_heads, given(2)),
+    ("heads are not [N, T, D], or not [T, N, 1, D]", fronts.angles_of_heads, given(2)),
+    ("the normed queries have tokens in more than one dim", fronts.of_requests, given(6)),
+    (
+        "weights have columns [576, 576, (1536,), (512,)], expected [384, 576, (1536,), (512,)]",
+        fronts.heads_left_out,
+        given(up=values(Q_LORA, 3 * (NOPE + ROPE))),
+    ),
     (f"the weight of mm {VIEW}", changed(down=transposed), given(down=values(Q_LORA, HIDDEN))),
     (f"the weight of mm_1 {VIEW}", changed(up=lambda up: up * 2), given()),
     (f"the weight of mm_2 {VIEW}", changed(down_keys=transposed), given(down_keys=values(LATENT + ROPE, HIDDEN))),
     (
         "the keys are columns of a wider product: part its weight",
-        wider,
+        fronts.wider,
         given(down=values(HIDDEN, Q_LORA + LATENT + ROPE)),
     ),
-    ("the keys are of addmm, not of tokens and a weight", biased, given()),
-    ("no other product of the keys' tokens is normed: queries have other tokens, or no norm", other_tokens, given()),
-    ("a gather stands between the keys' product and their cache", keys_gathered, given()),
-    ("a gather stands between the keys' product and their cache", normed_keys_gathered, given()),
-    ("a gather stands between the queries' norm and their second product", queries_gathered, given()),
-    ("the normed queries have no second product whose heads meet a weight", not_absorbed, given()),
-    ("the rest of the heads is not rotated by neighbours, but read by npu_rotary_mul", by_halves, given()),
-    ("the heads are read elsewhere as well, by sum", whole_heads_read, given()),
-    ("queries and keys are rotated by different angles", angles_differ, given()),
-    ("more than its first result is read", root_read, given()),
-    ("add is computed behind bmm, which the op gives", late, given()),
+    ("the keys are of addmm, not of tokens and a weight", fronts.biased, given()),
+    (
+        "no other product of the keys' tokens is normed: queries have other tokens, or no norm",
+        fronts.other_tokens,
+        given(),
+    ),
+    ("a gather stands between the keys' product and their cache", fronts.keys_gathered, given()),
+    ("a gather stands between the keys' product and their cache", fronts.normed_keys_gathered, given()),
+    ("a gather stands between the queries' norm and their second product", fronts.queries_gathered, given()),
+    ("the normed queries have no second product whose heads meet a weight", fronts.not_absorbed, given()),
+    ("the rest of the heads is not rotated by neighbours, but read by npu_rotary_mul", fronts.by_halves, given()),
+    ("the heads are read elsewhere as well, by sum", fronts.whole_heads_read, given()),
+    ("the heads are read elsewhere as well, by bmm", fronts.absorbed_twice, given()),
+    ("queries and keys are rotated by different angles", fronts.angles_differ, given()),
+    ("more than its first result is read", fronts.root_read, given()),
+    ("add is computed behind bmm, which the op gives", fronts.late, given()),
     ("the cache is not [blocks, size, 1, 64]", front, given(ropes=values(BLOCKS * SIZE, ROPE))),
 ]
 
@@ -148,6 +154,12 @@ def test_others_stay(reason: str, function: Callable[..., Any], args: tuple[Tens
     result = NpuMlaProlog()(gm)
     assert (result.rewrites, [r.reason for r in result.refusals]) == (0, [reason])
     assert targets(gm) == before
+
+
+def test_more_tokens_than_the_kernel_takes_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(npu_mla_prolog, "TOKENS", 4)
+    result = NpuMlaProlog()(traced(front, *given(), mode="fake"))
+    assert [r.reason for r in result.refusals] == ["5 tokens: the kernel takes up to 4"]
 
 
 def test_a_missing_op_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +175,7 @@ def test_the_form_is_opt_in_and_goes_ahead_of_the_keys_own() -> None:
 
 
 def test_keys_that_stay_become_their_own_op() -> None:
-    gm = traced(other_tokens, *given(), mode="fake")
+    gm = traced(fronts.other_tokens, *given(), mode="fake")
     assert (NpuMlaProlog()(gm).rewrites, NpuKeyCache()(gm).rewrites) == (0, 1)
 
 
@@ -270,4 +282,6 @@ def test_keys_that_context_parallelism_gathers_are_refused() -> None:
     result = NpuMlaProlog()(graphs[0])
     assert result.rewrites == 0
     assert [r.reason for r in result.refusals] == ["a gather stands between the keys' product and their cache"]
+    (write,) = (node for node in graphs[0].graph.nodes if node.name == result.refusals[0].node)
+    assert write.meta["val"].shape[-1] == LATENT
     assert NpuMlaProlog()(trace.gm).rewrites == 1  # of real sizes and any number of tokens, where nothing is gathered
