@@ -91,7 +91,7 @@ def _compile_inference(
     aot: fx.GraphModule, aot_inputs: Sequence[Any], inputs: Sequence[GraphInput], options: Options
 ) -> BoxedCallable:
     compiled = compile_graph(aot, inputs, options, lambda axis: exchange_for(axis, options.timeout_s))
-    folder = _tell(compiled, options)
+    folder = tell(compiled, options)
     target = options.target or ("inductor" if _device(aot_inputs) == "cuda" else "eager")
     parts = keep_parts(compiled, inputs, options)
     guard, watched = _guard(compiled, inputs, parts)
@@ -141,7 +141,7 @@ def _device(values: Sequence[Any]) -> str:
     return next((v.device.type for v in values if isinstance(v, torch.Tensor)), "cpu")
 
 
-def _tell(compiled: Compiled, options: Options) -> Path | None:
+def tell(compiled: Compiled, options: Options) -> Path | None:
     """Say what was done: one log line, torch's structured trace, and files in a folder in ``dump_dir``, returned."""
     reports = {v.first: compiled.report(v.typical) for v in compiled.variants}
     for variant in compiled.variants:

@@ -32,15 +32,10 @@ class Entry:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
         """Compile one dynamo graph."""
-        from vllm.distributed import get_tp_group
-
         Entry.calls += 1
         config = self.vllm_config
         options = read_options(config.additional_config, config.parallel_config.tensor_parallel_size)
-        tp = get_tp_group()
-        check_ranks(config.parallel_config, torch.distributed.get_world_size(), tp.ranks)
-        axes = {"tp": tp.device_group} if tp.world_size > 1 else {}
-        return cpcompile_backend(gm, example_inputs, options={**options, "axes": axes})
+        return cpcompile_backend(gm, example_inputs, options={**options, "axes": tensor_parallel_axes(config)})
 
     @classmethod
     def tell_if_not_called_since(cls, calls: int) -> None:
@@ -50,3 +45,16 @@ class Entry:
                 "cpcompile was NEVER called: vLLM runs this model uncompiled or from a cache "
                 "(look for VLLM_USE_BREAKABLE_CUDAGRAPH, VLLM_CPU_CI_ENV, or a model class that vLLM does not compile)"
             )
+
+
+def tensor_parallel_axes(vllm_config: Any) -> dict[str, Any]:
+    """Mesh axis → the process group that vLLM has made for it.
+
+    Raises:
+        GroupError: vLLM's ranks are in another order than ours.
+    """
+    from vllm.distributed import get_tp_group
+
+    tp = get_tp_group()
+    check_ranks(vllm_config.parallel_config, torch.distributed.get_world_size(), tp.ranks)
+    return {"tp": tp.device_group} if tp.world_size > 1 else {}

@@ -8,11 +8,12 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from cpcompile.errors import OptionError
 from cpcompile.serving.vllm_entry import Entry
-from cpcompile.serving.vllm_settings import IDENTITY, asks_for_us, identity, plain, read_options
+from cpcompile.serving.vllm_settings import HOOK, IDENTITY, NAME, asks_for_us, identity, plain, read_options
 
 log = logging.getLogger("cpcompile")
 _HOOKED = "__cpcompile_hook__"
@@ -29,6 +30,18 @@ def register() -> None:
     _hook(CompilationConfig, "init_backend", _init_backend)
     _hook(type(current_platform), "use_custom_op_collectives", _use_custom_op_collectives)
     _hook(WorkerWrapperBase, "init_device", _init_device)
+    _hook_pieces()
+
+
+def _hook_pieces() -> None:
+    from vllm.compilation.backends import CompilerManager, VllmBackend
+    from vllm.compilation.piecewise_backend import PiecewiseBackend
+
+    from cpcompile.serving import vllm_pieces
+
+    _hook(VllmBackend, "__call__", vllm_pieces.whole_model)
+    _hook(PiecewiseBackend, "__init__", vllm_pieces.one_piece)
+    _hook(CompilerManager, "compile", vllm_pieces.one_range)
 
 
 def _hook(owner: type, name: str, around: Callable[..., Any]) -> None:
@@ -56,17 +69,20 @@ def _log_as_vllm() -> None:
 
 
 def _create_engine_config(original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:
-    if not asks_for_us(args.compilation_config):
-        return original(args, *rest, **kwargs)
-    options = read_options(args.additional_config, args.tensor_parallel_size)
     from vllm.config import CompilationMode
 
-    wanted = CompilationMode.DYNAMO_TRACE_ONCE
-    if args.compilation_config.mode is None:
+    in_pieces = _asks_for_pieces(args)
+    if not in_pieces and not asks_for_us(args.compilation_config):
+        return original(args, *rest, **kwargs)
+    options = read_options(args.additional_config, args.tensor_parallel_size)
+    wanted = CompilationMode.VLLM_COMPILE if in_pieces else CompilationMode.DYNAMO_TRACE_ONCE
+    if in_pieces:
+        _pass_on_pieces(args.compilation_config, options)
+    elif args.compilation_config.mode is None:
         args.compilation_config.mode = wanted
     if args.compilation_config.ir_enable_torch_wrap is None:
         args.compilation_config.ir_enable_torch_wrap = True  # norms as one op each, that every platform has
-    changed = _set_environment()
+    changed = _set_environment(in_pieces)
     args.additional_config = {**(args.additional_config or {}), IDENTITY: identity(options)}
     config = original(args, *rest, **kwargs)
     _log_as_vllm()
@@ -86,7 +102,29 @@ def _create_engine_config(original: Callable[..., Any], args: Any, *rest: Any, *
     return config
 
 
-def _set_environment() -> list[str]:
+def _asks_for_pieces(args: Any) -> bool:
+    """Whether inductor compiles the model in pieces and ``additional_config`` names us: vLLM takes no backend there."""
+    from vllm.config import CompilationMode
+
+    config = args.compilation_config
+    named = isinstance(args.additional_config, Mapping) and NAME in args.additional_config
+    return named and config.mode == CompilationMode.VLLM_COMPILE and config.backend in ("", "inductor")
+
+
+def _pass_on_pieces(compilation_config: Any, options: Mapping[str, Any]) -> None:
+    """Have inductor run our pass on each piece that vLLM cuts the model into.
+
+    Raises:
+        OptionError: inductor has a pass there already.
+    """
+    from cpcompile.serving.vllm_pieces import PiecePass
+
+    if HOOK in compilation_config.inductor_compile_config:
+        raise OptionError(f"inductor_passes has a {HOOK} already, and cpcompile runs there: leave one of them out")
+    compilation_config.inductor_compile_config[HOOK] = PiecePass(options)
+
+
+def _set_environment(in_pieces: bool) -> list[str]:
     """Turn off what vLLM would do with compiled code and cannot do with ours; returns what was changed."""
     changed = []
     if os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH") is None:
@@ -96,12 +134,16 @@ def _set_environment() -> list[str]:
     if os.environ.get("VLLM_USE_AOT_COMPILE") != "0":
         os.environ["VLLM_USE_AOT_COMPILE"] = "0"
         changed.append("set VLLM_USE_AOT_COMPILE=0: an artifact of another run holds facts that its ranks agreed on")
+    if in_pieces and os.environ.get("VLLM_DISABLE_COMPILE_CACHE") != "1":
+        os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
+        changed.append("set VLLM_DISABLE_COMPILE_CACHE=1: all ranks prove a rewrite together, at every start")
     return changed
 
 
 def _init_backend(original: Callable[..., Any], config: Any, vllm_config: Any, *rest: Any, **kwargs: Any) -> Any:
     backend = original(config, vllm_config, *rest, **kwargs)
-    return Entry(vllm_config, kwargs.get("prefix", "")) if asks_for_us(config) else backend
+    ours = asks_for_us(config) and config.backend != "inductor"
+    return Entry(vllm_config, kwargs.get("prefix", "")) if ours else backend
 
 
 def _use_custom_op_collectives(original: Callable[[], bool]) -> bool:
@@ -118,6 +160,7 @@ def _init_device(original: Callable[..., Any], wrapper: Any, *args: Any, **kwarg
     if ours:
         _log_as_vllm()
         _show_weights()
+        _reduce_out_of_place()
     result = original(wrapper, *args, **kwargs)
     if ours:
         warm_up, calls = wrapper.worker.compile_or_warm_up_model, Entry.calls
@@ -139,3 +182,15 @@ def _show_weights() -> None:
 
     if current_platform.is_cpu():
         _custom_ops._supports_onednn = False
+
+
+def _reduce_out_of_place() -> None:
+    """On a CPU vLLM's op returns its argument, reduced in place: PyTorch forbids that, and inductor relies on it."""
+    from vllm.distributed.parallel_state import GroupCoordinator
+    from vllm.platforms import current_platform
+
+    def copied(original: Callable[..., Any], group: Any, value: Any) -> Any:
+        return original(group, value.clone())
+
+    if current_platform.is_cpu():
+        _hook(GroupCoordinator, "_all_reduce_out_place", copied)

@@ -2,7 +2,7 @@
 
 ``generate.py JOB.json``, alone or under torchrun. The job: ``engines`` (name → arguments of ``LLM``), ``arrivals``
 (a prompt and the number of engine steps after which it arrives), ``new_tokens``, and ``out``: rank r writes ``out.r``.
-With ``die_at`` rank 1 kills itself at that step.
+With ``die_at`` rank 1 kills itself at that step; with ``pieces`` vLLM compiles piece by piece on this platform too.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import dense_indexer
+import pieces_on_cpu
 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     dense_indexer.install()
+    if job.get("pieces"):
+        pieces_on_cpu.install()
     told = {name: _engine(arguments, job) for name, arguments in job["engines"].items()}
     Path(f"{job['out']}.{os.environ.get('RANK', '0')}").write_text(json.dumps(told))
 

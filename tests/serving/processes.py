@@ -17,6 +17,7 @@ from typing import IO, Any
 HERE = Path(__file__).resolve().parent
 LIMIT_S = 600.0
 COMPILED = {"mode": "DYNAMO_TRACE_ONCE", "backend": "cpcompile"}
+IN_PIECES = {"mode": "VLLM_COMPILE"}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from model_folder import LAYERS, VOCAB, make_folder
-from processes import COMPILED, Done, run
+from processes import COMPILED, IN_PIECES, Done, run
 
 LENGTHS, NEW_TOKENS, TOLERANCE = (6, 10, 18, 31, 65), 16, 1e-4
 # Two prompts arrive together, the others while these decode: steps of prefill alone, of both, and of decode alone.
@@ -56,6 +56,22 @@ def two_ranks(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
             for mine, theirs in zip(told, done.told, strict=True):
                 mine.update(theirs)
     return Done(told, log, 0), work
+
+
+@pytest.fixture(scope="module")
+def in_pieces(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """The same, cut by vLLM at its attention ops, with our pass as inductor's last one on every piece."""
+    told: list[dict[str, Any]] = [{}, {}]
+    log = ""
+    for kind in KINDS:
+        options = {"strategy": "tp", "require": ["*"]}
+        engine = {"model": str(folders[kind]), "tensor_parallel_size": 2, "compilation_config": IN_PIECES}
+        work = {**job({kind: {**engine, "additional_config": {"cpcompile": options}}}), "pieces": True}
+        done = checked(run(tmp_path_factory.mktemp("pieces"), work, ranks=2))
+        log += done.log
+        for mine, theirs in zip(told, done.told, strict=True):
+            mine.update(theirs)
+    return Done(told, log, 0)
 
 
 def checked(done: Done) -> Done:
@@ -124,3 +140,17 @@ def test_every_all_reduce_is_rewritten_and_every_rank_says_so(
 def test_nothing_is_said_to_be_wrong(two_ranks: tuple[Done, Path]) -> None:
     log = two_ranks[0].log
     assert "runs as it came" not in log and "left alone" not in log and "NEVER called" not in log
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_of_pieces_are_those_of_one_rank(kind: str, alone: Done, in_pieces: Done) -> None:
+    for rank in in_pieces.told:
+        same(rank[kind]["answers"], alone.told[0][kind]["answers"])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_all_reduce_of_every_piece_is_rewritten(rank: int, in_pieces: Done) -> None:
+    found = re.findall(rf"rank {rank} of 2 of axis tp: (\d) of (\d) all-reduces rewritten", in_pieces.log)
+    # The embedding's and the first layer's attention; then those of each layer behind attention.
+    assert found == [("1", "1")] + [("2", "2")] * LAYERS + [("1", "1")] + [("2", "2")] * LAYERS
+    assert "left alone" not in in_pieces.log and "NEVER called" not in in_pieces.log
