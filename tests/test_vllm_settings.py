@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from cpcompile.errors import GroupError
-from cpcompile.serving.vllm_settings import asks_for_us, check_ranks
+from cpcompile.serving import vllm_ascend
+from cpcompile.serving.vllm_settings import IDENTITY, asks_for_us, check_ranks
 
 
 def parallel(dp: int = 1, pp: int = 1, cp: int = 1, tp: int = 1) -> Any:
@@ -36,3 +37,18 @@ def test_ranks_are_laid_out_as_vllm_does() -> None:
 def test_the_backend_is_named_in_a_dict_or_an_object(named: str) -> None:
     assert asks_for_us({"backend": named}) and asks_for_us(SimpleNamespace(backend=named))
     assert not asks_for_us({"backend": "inductor"}) and not asks_for_us({}) and not asks_for_us(None)
+
+
+def test_our_words_are_hidden_from_vllm_ascends_configuration_and_stay() -> None:
+    """It refuses words that are not its own since 0.29, whatever becomes of the call."""
+    config = SimpleNamespace(additional_config={"cpcompile": {"strategy": "tp"}, IDENTITY: {}, "refresh": True})
+    before = dict(config.additional_config)
+
+    def refuse(found: Any) -> None:
+        raise ValueError(sorted(found.additional_config))
+
+    with pytest.raises(ValueError, match=r"^\['refresh'\]$"):
+        vllm_ascend.without_our_options(refuse, config)
+    assert config.additional_config == before
+    without = SimpleNamespace(additional_config=None)
+    assert vllm_ascend.without_our_options(lambda found: found.additional_config, without) is None

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.fx_utils import FakeTensorUpdater
+from torch._inductor.virtualized import V
 from torch._ops import HigherOrderOperator, OpOverload
 
 from cpcompile.axes import Axis, find_axes
@@ -232,4 +234,6 @@ def _replace(graph: fx.Graph, new: fx.GraphModule, summands: Sequence[str]) -> N
             graph.erase_node(node)
     graph.lint()
     # The rewritten graph's example values may be one object for several nodes: vLLM and inductor tell nodes by them.
-    updater.incremental_update()
+    examples = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
+    with V.set_fake_mode(detect_fake_mode(examples)):  # inductor sets it as well, other compilers do not
+        updater.incremental_update()

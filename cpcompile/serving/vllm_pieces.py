@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch.fx as fx
-from vllm.compilation.passes.inductor_pass import InductorPass
+from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass
 
 from cpcompile.axes import axis_of
 from cpcompile.backend import exchange_for
@@ -23,10 +23,9 @@ from cpcompile.pipeline import unique_names
 from cpcompile.replication import input_facts
 from cpcompile.serving.post_grad import Piece, PostGradPass
 from cpcompile.serving.vllm_entry import Entry, tensor_parallel_axes
-from cpcompile.serving.vllm_settings import HOOK
 
 
-class PiecePass(PostGradPass, InductorPass):  # type: ignore[misc]
+class PiecePass(PostGradPass, VllmInductorPass):  # type: ignore[misc]
     """The pass as vLLM's pass manager takes it: over vLLM's tensor-parallel group."""
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
@@ -46,10 +45,10 @@ class PiecePass(PostGradPass, InductorPass):  # type: ignore[misc]
         """A word that no other start has; none yet where vLLM makes a key of its configuration."""
         return "" if self.model is None else super().of_this_start()
 
-    def __call__(self, graph: fx.Graph) -> None:
-        """Rewrite one piece."""
+    def __call__(self, graph: fx.Graph | fx.GraphModule) -> None:
+        """Rewrite one piece, of which vllm-ascend gives the module."""
         Entry.calls += 1
-        super().__call__(graph)
+        super().__call__(graph.graph if isinstance(graph, fx.GraphModule) else graph)
 
 
 @dataclass
@@ -118,8 +117,7 @@ class Model:
 
 def pass_of(config: Any) -> PiecePass | None:
     """Our pass in vLLM's compilation configuration, if it is there."""
-    found = config.inductor_compile_config.get(HOOK)
-    return found if isinstance(found, PiecePass) else None
+    return next((each for each in config.inductor_compile_config.values() if isinstance(each, PiecePass)), None)
 
 
 def whole_model(original: Callable[..., Any], backend: Any, graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cpcompile.errors import OptionError
+from cpcompile.serving import vllm_ascend
 from cpcompile.serving.vllm_entry import Entry
-from cpcompile.serving.vllm_settings import HOOK, IDENTITY, NAME, asks_for_us, identity, plain, read_options
+from cpcompile.serving.vllm_settings import IDENTITY, NAME, asks_for_us, identity, names_us, plain, read_options
 
 log = logging.getLogger("cpcompile")
 _HOOKED = "__cpcompile_hook__"
@@ -31,6 +32,8 @@ def register() -> None:
     _hook(type(current_platform), "use_custom_op_collectives", _use_custom_op_collectives)
     _hook(WorkerWrapperBase, "init_device", _init_device)
     _hook_pieces()
+    if vllm_ascend.is_here():
+        vllm_ascend.hook(_hook)
 
 
 def _hook_pieces() -> None:
@@ -93,9 +96,15 @@ def _create_engine_config(original: Callable[..., Any], args: Any, *rest: Any, *
         log.warning(
             "cpcompile will NOT be called: vLLM made of the compilation configuration mode %s with backend %r "
             "(enforce_eager, TORCH_COMPILE_DISABLE and VLLM_USE_BREAKABLE_CUDAGRAPH do that); "
-            "give mode DYNAMO_TRACE_ONCE and backend 'cpcompile'",
+            "give %s",
             getattr(found.mode, "name", found.mode),
             found.backend,
+            vllm_ascend.MODES if vllm_ascend.is_here() else "mode DYNAMO_TRACE_ONCE and backend 'cpcompile'",
+        )
+    elif vllm_ascend.is_here() and vllm_ascend.skips_passes(config):
+        log.warning(
+            "cpcompile will NOT be called: vllm-ascend hands graphs to npugraph_ex past all passes; give %s",
+            vllm_ascend.MODES,
         )
     else:
         log.info("cpcompile: options %s", plain(options))
@@ -105,10 +114,12 @@ def _create_engine_config(original: Callable[..., Any], args: Any, *rest: Any, *
 def _asks_for_pieces(args: Any) -> bool:
     """Whether inductor compiles the model in pieces and ``additional_config`` names us: vLLM takes no backend there."""
     from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
 
     config = args.compilation_config
     named = isinstance(args.additional_config, Mapping) and NAME in args.additional_config
-    return named and config.mode == CompilationMode.VLLM_COMPILE and config.backend in ("", "inductor")
+    theirs = ("", "inductor", current_platform.get_compile_backend())
+    return named and config.mode == CompilationMode.VLLM_COMPILE and config.backend in theirs
 
 
 def _pass_on_pieces(compilation_config: Any, options: Mapping[str, Any]) -> None:
@@ -117,11 +128,14 @@ def _pass_on_pieces(compilation_config: Any, options: Mapping[str, Any]) -> None
     Raises:
         OptionError: inductor has a pass there already.
     """
+    from vllm.platforms import current_platform
+
     from cpcompile.serving.vllm_pieces import PiecePass
 
-    if HOOK in compilation_config.inductor_compile_config:
-        raise OptionError(f"inductor_passes has a {HOOK} already, and cpcompile runs there: leave one of them out")
-    compilation_config.inductor_compile_config[HOOK] = PiecePass(options)
+    key, passes = current_platform.pass_key, compilation_config.inductor_compile_config
+    if key in passes:
+        raise OptionError(f"inductor_passes has a {key} already, and cpcompile runs there: leave one of them out")
+    passes[key] = PiecePass(options)
 
 
 def _set_environment(in_pieces: bool) -> list[str]:
@@ -142,8 +156,7 @@ def _set_environment(in_pieces: bool) -> list[str]:
 
 def _init_backend(original: Callable[..., Any], config: Any, vllm_config: Any, *rest: Any, **kwargs: Any) -> Any:
     backend = original(config, vllm_config, *rest, **kwargs)
-    ours = asks_for_us(config) and config.backend != "inductor"
-    return Entry(vllm_config, kwargs.get("prefix", "")) if ours else backend
+    return Entry(vllm_config, kwargs.get("prefix", "")) if names_us(config) else backend
 
 
 def _use_custom_op_collectives(original: Callable[[], bool]) -> bool:

@@ -19,18 +19,20 @@ from cpcompile.plan import Plan
 NAME = "cpcompile"
 BACKENDS = (NAME, "cpcompile.backend:cpcompile_backend", "cpcompile.backend.cpcompile_backend")
 IDENTITY = "cpcompile_identity"
-#: Where inductor's configuration holds the pass that piecewise compilation runs.
-HOOK = "post_grad_custom_post_pass"
 #: Options that vLLM's own configuration decides, and what decides them.
 DECIDED = {"axes": "vLLM's tensor_parallel_size", "groups": "vLLM's parallel sizes"}
 
 
+def names_us(compilation_config: Any) -> bool:
+    """Whether the compilation configuration, an object or a dict, names this backend."""
+    backend = compilation_config.get("backend") if isinstance(compilation_config, Mapping) else None
+    return (backend or getattr(compilation_config, "backend", "")) in BACKENDS
+
+
 def asks_for_us(compilation_config: Any) -> bool:
     """Whether the compilation configuration, an object or a dict, names this backend or holds its pass."""
-    backend = compilation_config.get("backend") if isinstance(compilation_config, Mapping) else None
-    of_inductor = getattr(compilation_config, "inductor_compile_config", {})
-    is_hooked = getattr(of_inductor.get(HOOK), "name", "") == NAME
-    return is_hooked or (backend or getattr(compilation_config, "backend", "")) in BACKENDS
+    passes = getattr(compilation_config, "inductor_compile_config", {}).values()
+    return names_us(compilation_config) or any(getattr(each, "name", "") == NAME for each in passes)
 
 
 def read_options(additional_config: Any, tensor_parallel_size: int) -> dict[str, Any]:
