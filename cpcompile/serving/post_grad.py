@@ -172,7 +172,7 @@ def cut_summands(gm: fx.GraphModule) -> list[str]:
         if _is_all_reduce(node) and not behind.intersection(node.all_input_nodes):
             (value,) = node.all_input_nodes
             with gm.graph.inserting_after(last):
-                last = gm.graph.placeholder(f"summand_of_{node.name}")
+                last = gm.graph.placeholder(f"summand_{len(cut)}")
             last.meta = {"val": value.meta["val"], _SUMMAND: value.name}
             node.replace_input_with(value, last)
             cut.append(value.name)
@@ -181,6 +181,9 @@ def cut_summands(gm: fx.GraphModule) -> list[str]:
     for node in reversed(list(gm.graph.nodes)):
         if node.op == "call_function" and not node.users:
             gm.graph.erase_node(node)
+    for number, node in enumerate(gm.graph.nodes):  # a plan names nodes, and the ranks compare their plans
+        if node.op == "call_function":
+            node._rename(f"step_{number}")
     gm.recompile()
     return cut
 
