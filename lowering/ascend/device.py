@@ -9,8 +9,10 @@ import torch.fx as fx
 
 from cpcompile.errors import AscendError
 from cpcompile.lowering.ascend.conversion import Unsupported, collecting, ge_config, require_all
+from cpcompile.lowering.ascend.converters import register_missing
 from cpcompile.lowering.ascend.forms import to_ascend
 from cpcompile.lowering.ascend.installation import import_torchair
+from cpcompile.lowering.ascend.transpositions import copy_before_reshapes
 from cpcompile.lowering.targets import BoxedCallable, Settings
 from cpcompile.lowering.used_inputs import used_inputs
 
@@ -28,6 +30,7 @@ def lower_torchair(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: 
     config = settings.compiler_config if settings.compiler_config is not None else ge_config(torchair)
     if config.mode.value != GE_MODE:
         raise AscendError(f"compiler_config has mode {config.mode.value!r}: target 'torchair' needs {GE_MODE!r}")
+    register_missing(torchair)
     unsupported: list[Unsupported] = []
     with collecting(unsupported):
         lowered = _compile(torchair, gm, example_inputs, config, settings)
@@ -66,6 +69,7 @@ def _compile(
     inner, used = used_inputs(gm, example_inputs)
     for _ in to_ascend(inner, settings):
         pass
+    copy_before_reshapes(inner)
     compiled = torchair.get_compiler(config)(inner, [example_inputs[i] for i in used])
 
     def boxed(args: list[Any]) -> Any:
