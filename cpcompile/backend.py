@@ -26,6 +26,7 @@ from cpcompile.module_runtime import examples_of, keep_parts, row_limits
 from cpcompile.options import Options
 from cpcompile.pipeline import compile_graph
 from cpcompile.replication import ParameterGuard
+from cpcompile.report import REWRITTEN
 from cpcompile.weights import local_tensor
 
 log = logging.getLogger("cpcompile")
@@ -101,7 +102,7 @@ def _compile_inference(
     for variant in variants:
         if id(variant.gm) not in lowered:
             where = folder / f"from_{variant.first}" if folder is not None else None
-            settings = Settings(options.compiler_config, options.mc2, where)
+            settings = Settings(options.compiler_config, options.mc2, where, options.uneven_collectives)
             lowered[id(variant.gm)] = lower(target, variant.gm, examples_of(variant.gm, aot_inputs, parts), settings)
     run = [lowered[id(v.gm)] for v in variants]
     firsts = [v.first for v in variants]
@@ -146,6 +147,10 @@ def _tell(compiled: Compiled, options: Options) -> Path | None:
         span = f"T >= {variant.first}" if variant.last is None else f"T in [{variant.first}, {variant.last}]"
         what = ", ".join(f"{n} {decision}" for decision, n in sorted(counts.items())) or "no collectives: unchanged"
         log.info("cpcompile: %s: %s", span, what)
+        reduced = [c for c in reports[variant.first].collectives if c.kind == "all_reduce"]
+        done = sum(c.decision in REWRITTEN for c in reduced)
+        if reduced:
+            log.info("cpcompile: %s%s: %d of %d all-reduces rewritten", span, _ranks(compiled), done, len(reduced))
     for axis, reason in compiled.refused.items():
         log.warning("cpcompile: axis %s is left alone: %s", axis, reason)
     payload = {str(first): report.to_dict() for first, report in reports.items()}
@@ -155,6 +160,10 @@ def _tell(compiled: Compiled, options: Options) -> Path | None:
         payload_fn=lambda: json.dumps(payload),
     )
     return _dump(compiled, payload, Path(options.dump_dir)) if options.dump_dir is not None else None
+
+
+def _ranks(compiled: Compiled) -> str:
+    return "".join(f", rank {axis.rank} of {axis.size} of axis {axis.name}" for axis in compiled.axes)
 
 
 def _dump(compiled: Compiled, payload: dict[str, Any], directory: Path) -> Path:

@@ -35,6 +35,7 @@ def lower(
         bool, typer.Option("--sparse-attention", help="Recognise DeepSeek sparse attention.")
     ] = False,
     mc2: Annotated[bool, typer.Option("--mc2", help="Matmul and its reduce-scatter or all-gather as one op.")] = False,
+    uneven: Annotated[bool, typer.Option("--uneven", help="Scatter and gather uneven rows, in place of pads.")] = False,
     modules: ModulesOption = "",
     module: ModuleOption = [],  # noqa: B006
     group_tokens: Annotated[
@@ -78,7 +79,8 @@ def lower(
                 options = Options.parse({**given, "replicated": (*found.replicated, *replicated)})
                 compiled = compile_trace(found.trace, options, found.axes, replica_groups(sizes, each))
                 folder = output / f"rank_{number}"
-                done = lower_rank(compiled, found.trace.inputs, tokens, static, folder, Settings(mc2=mc2))
+                settings = Settings(mc2=mc2, uneven_collectives=uneven)
+                done = lower_rank(compiled, found.trace.inputs, tokens, static, folder, settings)
             for line in done.lines():
                 typer.echo(line)
             missing = missing or bool(done.unsupported)
@@ -103,6 +105,7 @@ def _replicas(modules: str) -> tuple[dict[str, int], int]:
 def doctor() -> None:
     """Say what is installed, which targets work here, and how to get the others."""
     from cpcompile.lowering.ascend.doctor import examine
+    from cpcompile.serving.doctor import examine as examine_serving
 
-    for line in examine():
+    for line in [*examine(), "", *examine_serving()]:
         typer.echo(line)

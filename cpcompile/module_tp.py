@@ -22,7 +22,8 @@ from cpcompile.graph_inputs import GraphInput
 from cpcompile.options import MODULE_SIZES, Options
 from cpcompile.passes.base import Refusal
 from cpcompile.passes.collectives import group_name_of, is_collective
-from cpcompile.passes.module_parallel import SharedModule, cuts_of, idle_graph, read_beside, share_modules
+from cpcompile.passes.module_cuts import SharedModule, cuts_of, read_beside
+from cpcompile.passes.module_parallel import idle_graph, share_modules
 from cpcompile.passes.module_roles import find_modules
 from cpcompile.passes.row_groups import EQUAL
 from cpcompile.passes.token_layout import Expr

@@ -53,16 +53,17 @@ def flash(
     """
     wanted = [m.nodes[0].name for m in modules]
     made: list[FlashGraph] = []
-    for _ in range(2):  # a second time without what one of the variants refuses
+    while True:  # again without what one of the variants refuses
         made = [use_flashcomm2(gm, wanted, groups, alike) for gm, alike in zip(graphs, same, strict=True)]
         refused = {r.node: r.reason for one in made for r in one.refused}
         refused |= _no_weights(made[0].recipes, places, wanted)
         for module in modules:
             if module.nodes[0].name in refused:
                 sharing.rows.append(_row(module, groups.otp, "keep", (0, 0), "", refused[module.nodes[0].name]))
-        wanted = [name for name in wanted if name not in refused]
-        if not refused:
+        accepted = [name for name in wanted if name not in refused]
+        if accepted == wanted:
             break
+        wanted = accepted
     if not wanted:
         return list(graphs), {}
     recipes: dict[str, tuple[Recipe, ...]] = {name: (recipe,) for name, recipe in made[0].recipes.items()}
@@ -95,7 +96,7 @@ def spread_layers(
     kept: dict[str, str] = {}
     layers = [[name] for _, name in modules]
     made: list[LayerGraph] = []
-    for _ in range(2):  # a second time without what a variant refuses
+    while True:  # again without what a variant refuses
         made = [shard_layers(gm, layers, axis) for gm in graphs]
         kept |= {r.node: r.reason for one in made for r in one.refused}
         kept |= _no_weights(made[0].recipes, places, [name for of_layer in layers for name in of_layer])

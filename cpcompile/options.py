@@ -35,6 +35,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "deterministic": ((bool,), "True or False"),
     "sparse_attention": ((bool,), "True or False"),
     "mc2": ((bool,), "True or False"),
+    "uneven_collectives": ((bool,), "True or False"),
     "routed_experts": ((bool,), "True or False"),
     "plan": ((Plan, str, Path, type(None)), "a Plan or the path of a saved one"),
     "dump_dir": ((str, Path, type(None)), "the path of a folder"),
@@ -94,6 +95,8 @@ class Options:
         compiler_config: torchair's ``CompilerConfig``, for the targets on Ascend; None for its defaults.
         mc2: on Ascend, run a matmul and the reduce-scatter behind it, or an all-gather and the matmul behind it, as one
             op where its constraints hold.
+        uneven_collectives: on Ascend, scatter and gather as many rows as there are where the ranks do not divide them,
+            in place of pads. Sums may be in another order.
     """
 
     axes: Mapping[str, Any] = field(default_factory=dict)
@@ -119,6 +122,7 @@ class Options:
     group_tokens: str | int = "exchange"
     compiler_config: Any = None
     mc2: bool = False
+    uneven_collectives: bool = False
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:

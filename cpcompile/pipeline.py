@@ -38,6 +38,7 @@ from cpcompile.passes.token_dims import Annotation, annotate, repeats_attention
 from cpcompile.passes.token_layout import Expr
 from cpcompile.passes.verify_numeric import check_numerically
 from cpcompile.passes.verify_static import prove
+from cpcompile.passes.vllm_ops import VllmOps
 from cpcompile.plan import AxisPlan, Interval, Plan
 from cpcompile.replication import exchange_facts, structure_fingerprint
 from cpcompile.report import Collective, PassRun, Report
@@ -87,6 +88,7 @@ def compile_graph(
     """
     kinds = module_axes(options) if modules is None else modules
     runner = Runner()
+    runner.run("vllm-ops", VllmOps(), gm)  # before the copy: what it changes must not run as it came
     original = fx.GraphModule(gm, copy_graph(gm.graph))
     runner.run("canonicalise", Canonicalise(), gm)
     runner.run("per-token-attention", PerTokenAttention(), gm)

@@ -32,11 +32,13 @@ class Settings:
         compiler_config: of torchair, for the targets on Ascend: its ``CompilerConfig``.
         mc2: on Ascend, matmuls and the reduce-scatter or all-gather next to them as one op.
         folder: where ``ge-export`` writes.
+        uneven_collectives: on Ascend, reduce-scatters and all-gathers of as many rows as there are, in place of pads.
     """
 
     compiler_config: Any = None
     mc2: bool = False
     folder: Path | None = None
+    uneven_collectives: bool = False
 
 
 def prepare(target: str) -> None:

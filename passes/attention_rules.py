@@ -6,9 +6,9 @@ import operator
 
 import torch.fx as fx
 
-from cpcompile.passes.collectives import arguments
+from cpcompile.passes.collectives import arguments, op_name
 from cpcompile.passes.fused_attention import FUSED
-from cpcompile.passes.op_call import Call, Demand, Mixing, RowWise, Rule, op_name
+from cpcompile.passes.op_call import Call, Demand, Mixing, RowWise, Rule
 from cpcompile.passes.row_rules import broadcast_rows, pointwise
 from cpcompile.passes.token_layout import ONE, TokenDim
 
@@ -52,6 +52,20 @@ def npu_norm(call: Call) -> RowWise | Mixing:
     if found.dim >= len(call.out) - len(call.shape(gamma)):
         return Mixing("normalises over the tokens")
     return RowWise({**demands, gamma: None}, (found,) * len(call.shapes[call.node]))
+
+
+def vllm_norm(call: Call) -> RowWise | Mixing:
+    """Normalisation of the last dim, one or two operands of rows; the weight may be missing."""
+    weight = arguments(call.node)["weight"]
+    rows = [n for n in call.tensors if n is not weight]
+    aligned = broadcast_rows(call, call.out, rows)
+    if isinstance(aligned, Mixing):
+        return aligned
+    found, demands = aligned
+    if found.dim == len(call.out) - 1 or any(call.shape(n) != call.out for n in rows):
+        return Mixing("normalises over the tokens, or its operands differ in shape")
+    whole: dict[fx.Node, Demand] = {weight: None} if isinstance(weight, fx.Node) else {}
+    return RowWise({**demands, **whole}, (found,) * len(call.shapes[call.node]))
 
 
 def npu_rope(call: Call) -> RowWise | Mixing:

@@ -32,6 +32,13 @@ class PassResult:
         """Record that ``node`` was left alone, and why."""
         self.refusals.append(Refusal(str(node), reason))
 
+    def finish(self, gm: fx.GraphModule) -> PassResult:
+        """Check ``gm`` and make its code anew, if it was changed; what a pass returns."""
+        if self.rewrites:
+            gm.graph.lint()
+            gm.recompile()
+        return self
+
 
 class GraphPass(Protocol):
     """A pass: a frozen dataclass whose fields are its options, applied to a graph in place."""

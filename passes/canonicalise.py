@@ -66,10 +66,7 @@ class Canonicalise:
             rewrites += result.rewrites
             if not result.rewrites:
                 break
-        if rewrites:
-            gm.graph.lint()
-            gm.recompile()
-        return PassResult(rewrites, result.refusals)
+        return PassResult(rewrites, result.refusals).finish(gm)
 
 
 @dataclass
@@ -213,6 +210,13 @@ def _view(sweep: _Sweep, node: fx.Node) -> None:
         sweep.result.rewrites += 1
 
 
+def _view_dtype(sweep: _Sweep, node: fx.Node) -> None:
+    """A view as the very same dtype -> its input."""
+    source = bound(node)[0]
+    if source.meta["val"].dtype == node.meta["val"].dtype:
+        sweep.replace(node, source)
+
+
 def _all_reduce(sweep: _Sweep, node: fx.Node) -> None:
     reduce_op = bound(node)[1]
     if reduce_op != "sum":
@@ -248,6 +252,7 @@ _RULES: dict[Any, Callable[[_Sweep, fx.Node], object]] = {
     aten.expand.default: _same_shape,
     aten.reshape.default: _same_shape,
     aten.view.default: _view,
+    aten.view.dtype: _view_dtype,
     aten._unsafe_view.default: _view,
     NATIVE.all_reduce.default: _all_reduce,
     NATIVE.all_gather_into_tensor.default: _all_gather,

@@ -8,16 +8,15 @@ import torch
 import torch.fx as fx
 
 from cpcompile.passes.base import PassResult
-from cpcompile.passes.collectives import arguments, emit, erase, getitems
+from cpcompile.passes.collectives import arguments, emit, erase, getitems, op_name
 from cpcompile.passes.fused_attention import FUSED, is_random
-from cpcompile.passes.op_call import op_name
 from cpcompile.passes.token_layout import size_expr
 
 aten = torch.ops.aten
 # They fix the causal diagonal in the upper left corner (of the others that is known for as many queries as keys only),
 # and stay, with a mask; the others give way to ``aten.scaled_dot_product_attention``.
 _UPPER_LEFT = frozenset(
-    f"aten.{n}"
+    f"aten::{n}"
     for n in (
         "scaled_dot_product_attention",
         "_scaled_dot_product_attention_math",
@@ -56,10 +55,7 @@ class ExplicitCausalMasks:
                 continue
             _rewrite(node)
             result.rewrites += 1
-        if result.rewrites:
-            gm.graph.lint()
-            gm.recompile()
-        return result
+        return result.finish(gm)
 
 
 def find_causal(gm: fx.GraphModule) -> list[fx.Node]:

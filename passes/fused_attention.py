@@ -34,13 +34,13 @@ class Fused:
 
 # Schemas of torch 2.13, aten/src/ATen/native/native_functions.yaml.
 FUSED: Mapping[str, Fused] = {
-    "aten.scaled_dot_product_attention": Fused("attn_mask", 1, boolean=True),
-    "aten._scaled_dot_product_attention_math": Fused("attn_mask", 2),
-    "aten._scaled_dot_product_flash_attention_for_cpu": Fused("attn_mask", 2),
-    "aten._scaled_dot_product_flash_attention": Fused("", 2),
-    "aten._scaled_dot_product_efficient_attention": Fused("attn_bias", 1),
-    "aten._scaled_dot_product_cudnn_attention": Fused("attn_bias", 1),
-    "aten._scaled_dot_product_fused_attention_overrideable": Fused("attn_bias", 1),
+    "aten::scaled_dot_product_attention": Fused("attn_mask", 1, boolean=True),
+    "aten::_scaled_dot_product_attention_math": Fused("attn_mask", 2),
+    "aten::_scaled_dot_product_flash_attention_for_cpu": Fused("attn_mask", 2),
+    "aten::_scaled_dot_product_flash_attention": Fused("", 2),
+    "aten::_scaled_dot_product_efficient_attention": Fused("attn_bias", 1),
+    "aten::_scaled_dot_product_cudnn_attention": Fused("attn_bias", 1),
+    "aten::_scaled_dot_product_fused_attention_overrideable": Fused("attn_bias", 1),
 }
 
 

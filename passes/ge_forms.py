@@ -13,7 +13,9 @@ import torch.fx as fx
 
 from cpcompile.axes import resolve_group
 from cpcompile.passes.base import PassResult
-from cpcompile.passes.collectives import arguments, emit, erase
+from cpcompile.passes.collectives import arguments, emit, erase, sizes
+from cpcompile.passes.npu_ops import missing_ops
+from cpcompile.passes.token_layout import size_expr
 
 aten = torch.ops.aten
 
@@ -22,10 +24,11 @@ aten = torch.ops.aten
 class GeForms:
     """``aten::index_put``, ``aten::squeeze.dims``, ``aten::constant_pad_nd`` -> ``where``, ``squeeze.dim``, ``cat``.
 
-    Before: a scalar put where a mask of the value's leading dims says; several dims squeezed at once; rows appended
-    whose number is an expression in the sizes; an all-to-all of rows.
-    After: a choice between the value and the scalar; one squeeze for each dim, from the last; a tensor of the rows;
-    torchair's all-to-all of elements.
+    Before: a scalar put where a mask of the value's leading dims says; rows put where numbers say, as keys are into a
+    cache; several dims squeezed at once; rows appended whose number is an expression in the sizes; an all-to-all of
+    rows.
+    After: a choice between the value and the scalar; ``npu_scatter_nd_update``, whose numbers count from the first; one
+    squeeze for each dim, from the last; a tensor of the rows; torchair's all-to-all of elements.
 
     Refuses, with the reason, other puts, cutting rows off by an expression, and parts of unsaid sizes.
     """
@@ -47,22 +50,67 @@ class GeForms:
             node.replace_all_uses_with(made)
             erase(node)
             result.rewrites += 1
-        if result.rewrites:
-            gm.graph.lint()
-            gm.recompile()
-        return result
+        return result.finish(gm)
 
 
-def _masked_put(node: fx.Node) -> fx.Node | str:
+def _put(node: fx.Node) -> fx.Node | str:
     given = arguments(node)
-    source, values, indices = given["self"], given["values"], given["indices"]
-    mask = indices[0] if len(indices) == 1 else None
-    if mask is None or mask.meta["val"].dtype != torch.bool or given["accumulate"]:
-        return "only one mask, without accumulation, is a choice between two values"
+    indices = given["indices"]
+    if given["accumulate"] or any(index is None for index in indices):
+        return "only what is put at places of the first dims, without accumulation, has a form"
+    if given["values"].meta["val"].dtype != given["self"].meta["val"].dtype:
+        return "the values have another dtype"
+    if all(index.meta["val"].dtype in (torch.int32, torch.int64) for index in indices):
+        return _rows_put(node, given["self"], indices, given["values"])
+    if len(indices) == 1 and indices[0].meta["val"].dtype == torch.bool:
+        return _masked_put(node, given["self"], indices[0], given["values"])
+    return "several masks"
+
+
+def _rows_put(node: fx.Node, source: fx.Node, indices: Sequence[fx.Node], values: fx.Node) -> fx.Node | str:
+    """``source[indices] = values``, which are spread where the graph does not say that each place has a row of them."""
+    shape, dtype, first = sizes(source) or (), source.meta["val"].dtype, sizes(indices[0]) or ()
+    if dtype not in _SCATTERED:
+        return f"the values are {dtype}: npu_scatter_nd_update takes {', '.join(map(str, _SCATTERED))}"
+    if any(sizes(index) != first for index in indices):
+        return "the places' numbers differ in shape"
+    if missing := missing_ops(("npu_scatter_nd_update",)):
+        return missing
+    if sizes(values) != first + shape[len(indices) :]:
+        parts = [(indices[0], range(len(first))), (source, range(len(indices), len(shape)))]
+        wanted = [_size(node, of, dim) for of, dims in parts for dim in dims]
+        values = emit(node, aten.expand.default, values, wanted)
+    columns = [_counted(node, index, source, dim) for dim, index in enumerate(indices)]
+    places = columns[0] if len(columns) == 1 else emit(node, aten.cat.default, columns, -1)
+    return emit(node, torch.ops.npu.npu_scatter_nd_update.default, source, places, values)
+
+
+def _counted(node: fx.Node, index: fx.Node, source: fx.Node, dim: int) -> fx.Node:
+    """``[N, 1]``: ``index``, negative ones counted from the first as well; one for all puts at the same places."""
+    size = source.meta["val"].shape[dim]
+    for user in index.users:
+        if user.meta.get(_COUNTED) == size_expr(size):
+            return next(iter(user.users))
+    count = _size(node, source, dim)
+    negative = emit(node, aten.lt.Scalar, index, 0)
+    behind = emit(node, aten.add.Tensor, index, count)
+    made = emit(node, aten.where.self, negative, behind, index)
+    made.meta[_COUNTED] = size_expr(size)
+    return emit(node, aten.unsqueeze.default, made, -1)
+
+
+def _size(node: fx.Node, of: fx.Node, dim: int) -> fx.Node | int:
+    size = of.meta["val"].shape[dim]
+    return size if isinstance(size, int) else emit(node, aten.sym_size.int, of, dim)
+
+
+_COUNTED = "counted from the first"
+_SCATTERED = (torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.int64, torch.int8)
+
+
+def _masked_put(node: fx.Node, source: fx.Node, mask: fx.Node, values: fx.Node) -> fx.Node | str:
     if values.meta["val"].numel() != 1:
         return "values of a mask's places are not where they go: only a scalar can be chosen"
-    if values.meta["val"].dtype != source.meta["val"].dtype:
-        return "the values have another dtype"
     for _ in range(source.meta["val"].ndim - mask.meta["val"].ndim):
         mask = emit(node, aten.unsqueeze.default, mask, -1)
     return emit(node, aten.where.self, mask, values, source)
@@ -95,10 +143,7 @@ def _appended(node: fx.Node) -> fx.Node | str:
 
 def slices(node: fx.Node, like: fx.Node, dim: int, count: fx.Node | int, value: float) -> fx.Node:
     """Ahead of ``node``, ``count`` slices along ``dim`` that hold ``value``, else as ``like`` is."""
-    shape: list[fx.Node | int] = [
-        size if isinstance(size, int) else emit(node, aten.sym_size.int, like, d)
-        for d, size in enumerate(like.meta["val"].shape)
-    ]
+    shape = [_size(node, like, d) for d in range(like.meta["val"].ndim)]
     shape[dim] = count
     return emit(node, aten.new_full.default, like, shape, value)
 
@@ -136,7 +181,7 @@ def _starts(node: fx.Node, counts: Sequence[fx.Node | int]) -> list[fx.Node | in
 
 
 FORMS: Mapping[object, Callable[[fx.Node], fx.Node | str]] = {
-    aten.index_put.default: _masked_put,
+    aten.index_put.default: _put,
     aten.squeeze.dims: _squeezes,
     aten.constant_pad_nd.default: _appended,
     torch.ops._c10d_functional.all_to_all_single.default: _exchanged,

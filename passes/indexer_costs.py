@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch.fx as fx
 
 from cpcompile.costs import PICOSECONDS
+from cpcompile.passes.collectives import op_name
 from cpcompile.passes.mincut import (
     LABELS,
     OpChoice,
@@ -25,11 +26,10 @@ from cpcompile.passes.mincut import (
     raise_route,
     solve,
 )
-from cpcompile.passes.op_call import op_name
 from cpcompile.passes.placement_problem import PlacementGraph
 from cpcompile.plan import Interval
 
-INDEXERS = frozenset({"cpcompile.lightning_indexer", "cpcompile.paged_lightning_indexer"})
+INDEXERS = frozenset({"cpcompile::lightning_indexer", "cpcompile::paged_lightning_indexer"})
 
 
 def is_indexer(node: fx.Node) -> bool:

@@ -42,10 +42,7 @@ class InlineComposites:
                 node.replace_all_uses_with(_Recorder(node, symbols).run())
                 erase(node)
                 result.rewrites += 1
-        if result.rewrites:
-            gm.graph.lint()
-            gm.recompile()
-        return result
+        return result.finish(gm)
 
 
 def _symbols(gm: fx.GraphModule) -> dict[sympy.Symbol, tuple[fx.Node, int | None]]:

@@ -16,8 +16,8 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from cpcompile.errors import PlanError
-from cpcompile.passes.collectives import is_contiguous
-from cpcompile.passes.op_call import UNUSED, RowWise, op_name
+from cpcompile.passes.collectives import is_contiguous, op_name
+from cpcompile.passes.op_call import UNUSED, RowWise
 from cpcompile.passes.picked_rows import Picks, emit_picked
 from cpcompile.passes.placement_problem import PlacementGraph, rows_source, takes_rows
 from cpcompile.passes.shard_ops import ShardEmitter, is_row_major
@@ -175,7 +175,7 @@ class _Builder:
             source = rows_source(self.graph, node)
             self.env[node, "R", None] = self.get(source, "S", self._layout(source))
             return
-        if op_name(node.target) in ("aten.sym_size", "aten.sym_numel") and self._size_of_shard(node):
+        if op_name(node.target) in ("aten::sym_size", "aten::sym_numel") and self._size_of_shard(node):
             return
         label = self.label(node)
         layout = self._layout(node) if label == "S" else None

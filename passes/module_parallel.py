@@ -6,7 +6,7 @@ After (P ranks, N rows each): *embedding* all-gather of ids, lookup among this r
 inner columns, reduce-scatter; *lm_head* all-gather, product with this rank's vocabulary, all-to-all. A bias is added
 once. Where the ranks may have different numbers of rows they agree on N first, once in a step (``group_tokens``).
 Source: vllm-ascend, fine-grained tensor parallelism.
-Refuses: weights that are not cut by ``weight_cuts``, and MLPs that do more than multiply between their products.
+Refuses: what ``module_cuts`` cannot cut.
 """
 
 from __future__ import annotations
@@ -23,42 +23,16 @@ from cpcompile.axes import Axis
 from cpcompile.passes.collectives import arguments, op_name
 from cpcompile.passes.graph_emitter import GraphEmitter
 from cpcompile.passes.materialise import fake_mode_of
-from cpcompile.passes.module_roles import VIEWS, between
+from cpcompile.passes.module_cuts import DIVIDING, KEEPS_ROWS, SharedModule, cuts_of
+from cpcompile.passes.module_roles import between
 from cpcompile.passes.products import PRODUCTS, Product, product_of
 from cpcompile.passes.row_groups import EXCHANGE, RowCounts, RowGroup
 from cpcompile.passes.shard_ops import is_row_major
 from cpcompile.passes.token_layout import ONE, Expr, Shape, product, shape_of, size_expr
 from cpcompile.passes.verify_arguments import LAST
-from cpcompile.passes.weight_cuts import Cut, CutRefused, Cuts
+from cpcompile.passes.weight_cuts import Cut
 
 aten = torch.ops.aten
-
-_KEEPS_ROWS = VIEWS - {f"aten::{n}" for n in ("permute", "t", "transpose", "expand", "slice", "_to_copy")}
-_DIVIDING = {
-    "aten::split": ("split_size",),
-    "aten::split_with_sizes": ("split_sizes",),
-    "aten::slice": ("start", "end"),
-}
-_ADDED_AFTER = ("aten::addmm",)  # products whose bias may be added to the sum instead
-
-
-@dataclass(frozen=True)
-class SharedModule:
-    """A module whose weight a group of ranks is to share.
-
-    Args:
-        role: its role, one of ``module_roles.ROLES``.
-        name: the model's name of it.
-        nodes: names of its lookup or products, the one that comes down last.
-        axis: the ranks that share it.
-        unequal: the ranks may have different numbers of rows.
-    """
-
-    role: str
-    name: str
-    nodes: tuple[str, ...]
-    axis: Axis
-    unequal: bool
 
 
 @dataclass(frozen=True)
@@ -115,86 +89,6 @@ def idle_graph(
     """
     unequal = [module for module in modules if module.unequal]
     return _Builder(gm, unequal, group_tokens, (), hints or {}, idle=True).run_idle()
-
-
-def cuts_of(gm: fx.GraphModule, module: SharedModule) -> Cuts:
-    """How the weights of ``module`` are cut.
-
-    Raises:
-        CutRefused: they cannot be; the message says why.
-    """
-    nodes = {n.name: n for n in gm.graph.nodes}
-    if any(name not in nodes for name in module.nodes):
-        raise CutRefused(f"{module.name} is not in this graph as one product")
-    mine, cuts = [nodes[name] for name in module.nodes], Cuts(module.axis.size)
-    if module.role == "embedding":
-        table = mine[0].args[0]
-        assert isinstance(table, fx.Node)
-        cuts.cut(table, 0, mine[0])
-        cuts.check_readers()
-        return cuts
-    *first, last = (p for n in mine if (p := product_of(n)) is not None)
-    if len(first) + 1 != len(mine):
-        raise CutRefused(f"{module.name} has a product that is not known in this graph")
-    halves = 2 if module.role == "mlp" and len(first) == 1 else 1  # gate and up may be one product, side by side
-    for p in first:
-        _cut_columns(cuts, p, halves)
-    if module.role == "lm_head":
-        _cut_columns(cuts, last, 1)
-    else:
-        _cut_rows(cuts, last)
-    cuts.check_readers()
-    if module.role == "mlp":
-        _check_middle(last, set(mine))
-    return cuts
-
-
-def read_beside(gm: fx.GraphModule, module: SharedModule, cuts: Cuts) -> list[str]:
-    """Graph inputs that the weights of ``module`` are read with and that stay whole: scales of what is summed over.
-
-    They must be the same on all ranks of its axis, too: they scale other ranks' rows.
-    """
-    nodes = {n.name: n for n in gm.graph.nodes}
-    products = [p for name in module.nodes if (p := product_of(nodes[name])) is not None]
-    pending = [n for p in products for n in (p.weight, *p.per_column)]
-    found: dict[fx.Node, None] = {}
-    while pending:
-        node = pending.pop()
-        if node.op == "placeholder":
-            found[node] = None
-        pending += node.all_input_nodes
-    return [node.name for node in found if node not in cuts.nodes]
-
-
-def _cut_columns(cuts: Cuts, p: Product, segments: int) -> None:
-    cuts.cut(p.weight, 1, p.node, segments)
-    for vector in (*p.per_column, *([p.bias] if p.bias is not None else [])):
-        cuts.cut(vector, len(shape_of(vector.meta["val"])) - 1, p.node, segments)
-
-
-def _cut_rows(cuts: Cuts, p: Product) -> None:
-    if p.bias is not None and op_name(p.node.target) not in _ADDED_AFTER:
-        raise CutRefused(f"{p.node} adds its bias before it scales, so that it cannot be added once to the sum")
-    cuts.cut(p.weight, 0, p.node)
-
-
-def _check_middle(down: Product, products: Collection[fx.Node]) -> None:
-    """Between gate, up and down nothing may depend on the rows' shape or mix columns."""
-    middle = between(down.rows, products)
-    if middle is None:
-        raise CutRefused(f"more lies before {down.node} than an activation and a product")
-    for node in middle:
-        name = op_name(node.target)
-        if name in _KEEPS_ROWS:
-            width = {size_expr(n.meta["val"].shape[-1]) for n in (node, node.all_input_nodes[0])}
-            if len(width) > 1:
-                raise CutRefused(f"{node}, before {down.node}, regroups columns")
-        elif name in _DIVIDING:
-            dim, ndim = arguments(node)["dim"], node.all_input_nodes[0].meta["val"].dim()
-            if dim % ndim != ndim - 1:
-                raise CutRefused(f"{node}, before {down.node}, divides rows")
-        elif name in VIEWS and name != "aten::_to_copy":
-            raise CutRefused(f"{node}, before {down.node}, moves columns")
 
 
 @dataclass
@@ -377,14 +271,14 @@ class _Builder:
     def _between(self, node: fx.Node, inner: _Inner) -> None:
         """Columns of all rows, ``[P*N, I/P]``: views that shape the rows are dropped, numbers of columns divided."""
         source, name, value = node.all_input_nodes[0], op_name(node.target), node.meta["val"]
-        if name in _KEEPS_ROWS:
+        if name in KEEPS_ROWS:
             inner.env[node] = inner.env[source]
             return
         copy = self.new.node_copy(node, inner.env.__getitem__)
         copy.meta = {**node.meta, "val": self._columns(value, inner)}
-        if name in _DIVIDING:
+        if name in DIVIDING:
             given = {**arguments(node), "self": inner.env[source], "dim": 1}
-            for key in _DIVIDING[name]:
+            for key in DIVIDING[name]:
                 given[key] = _divided(given[key], inner.group.axis.size)
             copy.args, copy.kwargs = tuple(given.values()), {}
         inner.env[node] = copy
@@ -403,7 +297,7 @@ def _rows_of(node: fx.Node) -> Expr:
 
 def _reshaped(own: fx.Node) -> fx.Node:
     """What ``own``, ``[R, K]``, is a mere reshaping of: equal reshapings of one value have equal rows."""
-    while op_name(own.target) in _KEEPS_ROWS and shape_of(own.all_input_nodes[0].meta["val"])[-1:] == _width(own):
+    while op_name(own.target) in KEEPS_ROWS and shape_of(own.all_input_nodes[0].meta["val"])[-1:] == _width(own):
         own = own.all_input_nodes[0]
     return own
 

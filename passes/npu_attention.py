@@ -46,10 +46,7 @@ class NpuAttention:
                 result.refuse(node, missing)
             else:
                 result.rewrites += 1
-        if result.rewrites:
-            gm.graph.lint()
-            gm.recompile()
-        return result
+        return result.finish(gm)
 
 
 def _indexer(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,10 +56,7 @@ class NpuGating:
                 result.rewrites += 1
             except Differs as differs:
                 result.refuse(choice, str(differs))
-        if result.rewrites:
-            gm.graph.lint()
-            gm.recompile()
-        return result
+        return result.finish(gm)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,18 @@ import torch.fx as fx
 
 from cpcompile.axes import resolve_group
 from cpcompile.passes.base import PassResult
-from cpcompile.passes.collectives import NATIVE, arguments, bound, emit, erase, group_name_of, is_wait, only_user, sizes
+from cpcompile.passes.collectives import (
+    NATIVE,
+    arguments,
+    bound,
+    emit,
+    erase,
+    group_name_of,
+    is_contiguous,
+    is_wait,
+    only_user,
+    sizes,
+)
 from cpcompile.passes.ge_forms import slices
 from cpcompile.passes.npu_ops import missing_ops
 
@@ -34,7 +45,10 @@ class NpuMc2:
     Args:
         name_of: what the communication library calls a process group, by PyTorch's name of it.
 
-    Refuses, with the reason, groups, dtypes and sizes that the kernels do not take.
+    Refuses, with the reason, groups, dtypes, sizes and layouts that the kernels do not take, and other groups than the
+    first: on Atlas A2 all such ops of a model have one.
+
+    Source: torch_npu 2.13's documentation of both ops.
     """
 
     name_of: Callable[[str], str] = field(default_factory=lambda: hcom_name)
@@ -42,21 +56,22 @@ class NpuMc2:
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         """Rewrite ``gm`` in place."""
-        result = PassResult()
+        result, first = PassResult(), ""
         for target, fuse in (
             (NATIVE.reduce_scatter_tensor.default, self._scatter),
             (NATIVE.all_gather_into_tensor.default, self._gather),
         ):
             for node in gm.graph.find_nodes(op="call_function", target=target):
-                refused = missing_ops(("npu_mm_reduce_scatter_base", "npu_all_gather_base_mm")) or fuse(node)
+                group = group_name_of(node)
+                refused = missing_ops(("npu_mm_reduce_scatter_base", "npu_all_gather_base_mm"))
+                if first not in ("", group):
+                    refused = refused or f"its group is another than {first}: a model's MC2 ops have one"
+                refused = refused or fuse(node)
                 if refused:
                     result.refuse(node, refused)
                 else:
-                    result.rewrites += 1
-        if result.rewrites:
-            gm.graph.lint()
-            gm.recompile()
-        return result
+                    result.rewrites, first = result.rewrites + 1, group
+        return result.finish(gm)
 
     def _scatter(self, node: fx.Node) -> str:
         value, reduce_op, ranks, _ = bound(node)
@@ -74,6 +89,8 @@ class NpuMc2:
             x = emit(node, aten.cat.default, [x, slices(node, x, 0, pad, 0)], 0)
         elif not _divides(x, ranks):
             return f"its rows are no multiple of {ranks}"
+        elif not is_contiguous(x):
+            return "its rows are transposed: the kernels take them row by row"
         made = emit(
             node, torch.ops.npu.npu_mm_reduce_scatter_base.default, x, weight, self.name_of(group_name_of(node)), ranks
         )
@@ -103,11 +120,8 @@ class NpuMc2:
         name = self.name_of(group_name_of(node))
         both = emit(node, torch.ops.npu.npu_all_gather_base_mm.default, x, own, name, ranks)
         rows = emit(node, operator.getitem, both, 0)
-        if cut is not None:
-            rows = emit(node, aten.slice.Tensor, rows, 0, 0, cut)
-        if sizes(rows) != sizes(product):
-            rows.graph.erase_node(rows)
-            return "its rows are cut otherwise than at the end"
+        if cut is not None:  # where that is computed, it may be behind the gather
+            rows = emit(product, aten.slice.Tensor, rows, 0, 0, cut)
         product.replace_all_uses_with(rows)
         gathered = emit(node, operator.getitem, both, 1)
         wait.replace_all_uses_with(gathered)

@@ -43,10 +43,7 @@ class NpuNorms:
                 continue
             _replace(found, place)
             result.rewrites += 1
-        if result.rewrites:
-            gm.graph.lint()
-            gm.recompile()
-        return result
+        return result.finish(gm)
 
 
 @dataclass(frozen=True)

@@ -53,10 +53,7 @@ class NpuQuant:
                 result.rewrites += 1
             except Differs as differs:
                 result.refuse(product, str(differs))
-        if result.rewrites:
-            gm.graph.lint()
-            gm.recompile()
-        return result
+        return result.finish(gm)
 
 
 @dataclass(frozen=True)

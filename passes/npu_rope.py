@@ -53,10 +53,7 @@ class NpuRope:
                 continue
             _replace(found, whole)
             result.rewrites += 1
-        if result.rewrites:
-            gm.graph.lint()
-            gm.recompile()
-        return result
+        return result.finish(gm)
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,7 @@ class NpuRoutedExperts:
             node.replace_all_uses_with(_experts(node))
             erase(node)
             result.rewrites += 1
-        if result.rewrites:
-            gm.graph.lint()
-            gm.recompile()
-        return result
+        return result.finish(gm)
 
 
 def _experts(node: fx.Node) -> fx.Node:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 import torch.fx as fx
 
 from cpcompile.passes.token_layout import Expr, Shape, TokenDim
@@ -88,10 +87,3 @@ class Call:
 
 
 Rule = Callable[[Call], RowWise | Mixing]
-
-
-def op_name(target: object) -> str:
-    """``aten.add`` for ``aten.add.Tensor``; the function's name for Python functions."""
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target.overloadpacket)
-    return getattr(target, "__name__", str(target))

@@ -44,10 +44,7 @@ class PagedKeys:
                 node.replace_all_uses_with(form(builder, node))
                 erase(node)
                 result.rewrites += 1
-        if result.rewrites:
-            gm.graph.lint()
-            gm.recompile()
-        return result
+        return result.finish(gm)
 
 
 @dataclass

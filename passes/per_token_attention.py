@@ -68,10 +68,7 @@ class PerTokenAttention:
                 result.rewrites += 1
             except _Differs as differs:
                 result.refuse(node, f"{base_name(node.target)}: {differs}; it keeps its form and needs every row")
-        if result.rewrites:
-            gm.graph.lint()
-            gm.recompile()
-        return result
+        return result.finish(gm)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch
 import torch.fx as fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from cpcompile.passes.op_call import Call, Mixing, op_name
+from cpcompile.passes.collectives import op_name
+from cpcompile.passes.op_call import Call, Mixing
 from cpcompile.passes.shard_ops import ShardEmitter
 from cpcompile.passes.token_layout import Expr, Shape, TokenDim, product, shape_of, size_expr
 
@@ -48,7 +49,7 @@ def picks_of(call: Call) -> Picks | None:
     dim with a batch, steps other than 1, masks, and several index tensors.
     """
     rule = {"slice": _slice, "select": _select, "index_select": _index_select, "index": _index}.get(
-        op_name(call.node.target).removeprefix("aten.")
+        op_name(call.node.target).removeprefix("aten::")
     )
     source = call.node.args[0] if rule is not None and call.node.args else None
     place = call.layout(source)

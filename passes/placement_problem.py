@@ -16,9 +16,10 @@ import torch
 import torch.fx as fx
 
 from cpcompile.costs import PICOSECONDS, HardwareProfile
+from cpcompile.passes.collectives import op_name
 from cpcompile.passes.fused_attention import FUSED
 from cpcompile.passes.mincut import OpChoice, P, Problem, R, S, Use, ValueChoice
-from cpcompile.passes.op_call import UNUSED, Mixing, RowWise, op_name
+from cpcompile.passes.op_call import UNUSED, Mixing, RowWise
 from cpcompile.passes.picked_rows import Picks
 from cpcompile.passes.placement_rules import find_rule
 from cpcompile.passes.token_dims import Annotation
@@ -26,35 +27,35 @@ from cpcompile.passes.token_layout import Expr, Shape, TokenDim, counted, produc
 
 # Same elements, other shape: free at any placement. A slice over all tokens counts too.
 VIEWS = frozenset(
-    f"aten.{n}"
+    f"aten::{n}"
     for n in ("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze")
 )
-_PRODUCTS = frozenset({"aten.mm", "aten.bmm", "aten.linear", "aten.addmm"})
+_PRODUCTS = frozenset({"aten::mm", "aten::bmm", "aten::linear", "aten::addmm"})
 # FLOPs of an op, from the shapes of its operands and of its result. Ops that are not here only move data.
 _FLOPS: Mapping[str, Callable[[Sequence[Shape], Shape], Expr]] = {
-    **dict.fromkeys(_PRODUCTS - {"aten.addmm"}, lambda shapes, out: 2 * product(out) * shapes[0][-1]),
-    "aten.addmm": lambda shapes, out: 2 * product(out) * shapes[1][-1],
+    **dict.fromkeys(_PRODUCTS - {"aten::addmm"}, lambda shapes, out: 2 * product(out) * shapes[0][-1]),
+    "aten::addmm": lambda shapes, out: 2 * product(out) * shapes[1][-1],
     # Gate, factor and result for every slot.
-    "cpcompile.routed_experts": lambda shapes, out: (
+    "cpcompile::routed_experts": lambda shapes, out: (
         2 * product(shapes[1]) * (shapes[3][-2] * shapes[3][-1] + shapes[4][-2] * shapes[4][-1])
     ),
     **dict.fromkeys(FUSED, lambda shapes, out: 2 * (product(shapes[0]) + product(out)) * shapes[1][-2]),
     # Every key for every row and head; then, of the chosen keys, twice the latent and once the rotated part.
-    "cpcompile.lightning_indexer": lambda shapes, out: 2 * product(shapes[0]) * shapes[1][1],
-    "cpcompile.sparse_attention": lambda shapes, out: (
+    "cpcompile::lightning_indexer": lambda shapes, out: 2 * product(shapes[0]) * shapes[1][1],
+    "cpcompile::sparse_attention": lambda shapes, out: (
         2 * product(shapes[0][:3]) * shapes[2][-1] * (2 * shapes[0][-1] + shapes[3][-1])
     ),
     # Of the keys, all that a row's blocks can hold.
-    "cpcompile.paged_lightning_indexer": lambda shapes, out: 2 * product(shapes[0]) * _held(shapes[1], shapes[4]),
-    "cpcompile.paged_sparse_attention": lambda shapes, out: (
+    "cpcompile::paged_lightning_indexer": lambda shapes, out: 2 * product(shapes[0]) * _held(shapes[1], shapes[4]),
+    "cpcompile::paged_sparse_attention": lambda shapes, out: (
         2 * product(shapes[0][:2]) * shapes[2][-1] * (2 * shapes[0][-1] + shapes[3][-1])
     ),
-    "cpcompile.paged_attention": lambda shapes, out: (
+    "cpcompile::paged_attention": lambda shapes, out: (
         2 * product(shapes[0][:2]) * _held(shapes[1], shapes[5]) * (2 * shapes[0][-1] + shapes[2][-1])
     ),
 }
 # Divided by itself or taken from a scalar, a sum of partial values is no partial value of the result.
-_NUMERATOR_ONLY = frozenset({"aten.div"})
+_NUMERATOR_ONLY = frozenset({"aten::div"})
 
 # Picoseconds by which an op on partial sums must beat one on whole values: it moves roundings, so ties keep the graph.
 CARRYING_PARTS = 100_000
@@ -303,7 +304,7 @@ def takes_rows(graph: PlacementGraph, node: fx.Node) -> bool:
     """Whether ``node``, or the one reader of the split ``node``, takes exactly this rank's rows of a placed value."""
     own = graph.known.own_rows
     reader = next(iter(node.users), None)
-    split = reader in own and reader.all_input_nodes[0] is node and op_name(node.target) == "aten.split"
+    split = reader in own and reader.all_input_nodes[0] is node and op_name(node.target) == "aten::split"
     return (node in own or split) and rows_source(graph, node) in graph.origin
 
 
@@ -360,11 +361,11 @@ class _Costs:
         moved: Expr = sympy.Integer(0)
         flops: Expr = sympy.Integer(0)
         if op_name(node.target) not in VIEWS | {
-            "aten.slice",
-            "aten.select",
-            "aten.split",
-            "aten.split_with_sizes",
-            "aten.chunk",
+            "aten::slice",
+            "aten::select",
+            "aten::split",
+            "aten::split_with_sizes",
+            "aten::chunk",
         }:
             # An elementwise op is taken to be fused with its producer: it costs what it writes.
             for operand in [*carried, node] if op_name(node.target) in _PRODUCTS else [node]:

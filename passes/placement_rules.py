@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx as fx
 
-from cpcompile.passes.attention_rules import fused_attention, npu_norm, npu_rope, queries, routed
+from cpcompile.passes.attention_rules import fused_attention, npu_norm, npu_rope, queries, routed, vllm_norm
+from cpcompile.passes.collectives import op_name
 from cpcompile.passes.fused_attention import FUSED, is_random
-from cpcompile.passes.op_call import Call, Layouts, Mixing, RowWise, Rule, op_name
+from cpcompile.passes.op_call import Call, Layouts, Mixing, RowWise, Rule
 from cpcompile.passes.row_rules import (
     along,
     data_free,
@@ -44,6 +45,7 @@ from cpcompile.passes.row_rules import (
     view,
 )
 from cpcompile.passes.token_layout import Expr, Shape
+from cpcompile.passes.vllm_ops import why_whole
 
 
 @dataclass(frozen=True)
@@ -72,63 +74,66 @@ _NPU = "torch_npu 2.13 operator reference"
 
 RULES: Mapping[str, OpRule] = {
     **{
-        f"aten.{n}": OpRule(first_operand(view, size_arg=1), _VIEW, "homogeneous")
+        f"aten::{n}": OpRule(first_operand(view, size_arg=1), _VIEW, "homogeneous")
         for n in ("view", "_unsafe_view", "reshape")
     },
-    "aten.expand": OpRule(expand, _VIEW, "homogeneous"),
-    "aten.permute": OpRule(first_operand(permute), _VIEW, "homogeneous"),
-    "aten.transpose": OpRule(first_operand(transpose), _VIEW, "homogeneous"),
-    "aten.t": OpRule(first_operand(t), _VIEW, "homogeneous"),
-    "aten.unsqueeze": OpRule(first_operand(unsqueeze), _VIEW, "homogeneous"),
-    "aten.squeeze": OpRule(first_operand(squeeze), _VIEW, "homogeneous"),
-    "aten.select": OpRule(first_operand(select), _TENSOR, "homogeneous"),
-    "aten.slice": OpRule(first_operand(slice_), _TENSOR, "homogeneous"),
-    **{f"aten.{n}": OpRule(along(2, "dim", 0), _TENSOR, "homogeneous") for n in ("split", "split_with_sizes", "chunk")},
-    "aten.cat": OpRule(in_step(1, "dim", 0), _TENSOR, "additive"),
-    "aten.slice_scatter": OpRule(in_step(2, "dim", 0), _TENSOR),
-    **{f"aten.{n}": OpRule(first_operand(reduction), _MATH, "homogeneous") for n in ("sum", "mean")},
+    "aten::expand": OpRule(expand, _VIEW, "homogeneous"),
+    "aten::permute": OpRule(first_operand(permute), _VIEW, "homogeneous"),
+    "aten::transpose": OpRule(first_operand(transpose), _VIEW, "homogeneous"),
+    "aten::t": OpRule(first_operand(t), _VIEW, "homogeneous"),
+    "aten::unsqueeze": OpRule(first_operand(unsqueeze), _VIEW, "homogeneous"),
+    "aten::squeeze": OpRule(first_operand(squeeze), _VIEW, "homogeneous"),
+    "aten::select": OpRule(first_operand(select), _TENSOR, "homogeneous"),
+    "aten::slice": OpRule(first_operand(slice_), _TENSOR, "homogeneous"),
     **{
-        f"aten.{n}": OpRule(first_operand(reduction), _MATH)
+        f"aten::{n}": OpRule(along(2, "dim", 0), _TENSOR, "homogeneous") for n in ("split", "split_with_sizes", "chunk")
+    },
+    "aten::cat": OpRule(in_step(1, "dim", 0), _TENSOR, "additive"),
+    "aten::slice_scatter": OpRule(in_step(2, "dim", 0), _TENSOR),
+    **{f"aten::{n}": OpRule(first_operand(reduction), _MATH, "homogeneous") for n in ("sum", "mean")},
+    **{
+        f"aten::{n}": OpRule(first_operand(reduction), _MATH)
         for n in ("amax", "amin", "any", "all", "prod", "argmax", "argmin")
     },
-    **{f"aten.{n}": OpRule(along(1, "dim"), _MATH) for n in ("_softmax", "_log_softmax", "_safe_softmax", "cumsum")},
-    "aten.softmax": OpRule(along(1, "dim"), _MATH),
-    "aten.sort": OpRule(along(1, "dim", -1), _TENSOR),
-    "aten.topk": OpRule(along(2, "dim", -1), _TENSOR),
-    "aten.gather": OpRule(in_step(1, "dim"), _TENSOR),
-    "aten.scatter": OpRule(in_step(1, "dim"), _TENSOR),
-    "aten.native_layer_norm": OpRule(first_operand(norm), _MATH),
-    "aten.layer_norm": OpRule(first_operand(norm), _MATH),
-    "aten.rms_norm": OpRule(first_operand(norm), _MATH),
-    "aten._fused_rms_norm": OpRule(first_operand(norm), _MATH),
-    **{f"aten.{n}": OpRule(matmul, "DTensor matrix ops", "homogeneous") for n in ("mm", "bmm", "linear")},
-    "aten.addmm": OpRule(matmul, "DTensor matrix ops"),
-    "aten.embedding": OpRule(embedding, "DTensor embedding ops"),
-    "aten.index": OpRule(lookup, "DTensor index ops"),
-    "aten.index_put": OpRule(masked_write, "DTensor index ops"),
-    "aten.index_select": OpRule(index_select, _TENSOR),
-    "aten.constant_pad_nd": OpRule(first_operand(pad), "DTensor tensor ops"),
-    **{f"aten.{n}": OpRule(pointwise, _TENSOR, "homogeneous") for n in ("clone", "alias", "detach", "contiguous")},
-    **{f"aten.{n}": OpRule(pointwise, _TENSOR) for n in ("zeros_like", "ones_like", "full_like", "empty_like")},
-    **{f"aten.{n}": OpRule(pointwise, _POINTWISE) for n in ("_to_copy", "masked_fill", "lift_fresh_copy", "copy")},
-    **{f"aten.{n}": OpRule(pointwise, _POINTWISE, "additive") for n in ("add", "sub")},
-    **{f"aten.{n}": OpRule(pointwise, _POINTWISE, "homogeneous") for n in ("mul", "div", "neg")},
+    **{f"aten::{n}": OpRule(along(1, "dim"), _MATH) for n in ("_softmax", "_log_softmax", "_safe_softmax", "cumsum")},
+    "aten::softmax": OpRule(along(1, "dim"), _MATH),
+    "aten::sort": OpRule(along(1, "dim", -1), _TENSOR),
+    "aten::topk": OpRule(along(2, "dim", -1), _TENSOR),
+    "aten::gather": OpRule(in_step(1, "dim"), _TENSOR),
+    "aten::scatter": OpRule(in_step(1, "dim"), _TENSOR),
+    "aten::native_layer_norm": OpRule(first_operand(norm), _MATH),
+    "aten::layer_norm": OpRule(first_operand(norm), _MATH),
+    "aten::rms_norm": OpRule(first_operand(norm), _MATH),
+    "aten::_fused_rms_norm": OpRule(first_operand(norm), _MATH),
+    **{f"aten::{n}": OpRule(matmul, "DTensor matrix ops", "homogeneous") for n in ("mm", "bmm", "linear")},
+    "aten::addmm": OpRule(matmul, "DTensor matrix ops"),
+    "aten::embedding": OpRule(embedding, "DTensor embedding ops"),
+    "aten::index": OpRule(lookup, "DTensor index ops"),
+    "aten::index_put": OpRule(masked_write, "DTensor index ops"),
+    "aten::index_select": OpRule(index_select, _TENSOR),
+    "aten::constant_pad_nd": OpRule(first_operand(pad), "DTensor tensor ops"),
+    **{f"aten::{n}": OpRule(pointwise, _TENSOR, "homogeneous") for n in ("clone", "alias", "detach", "contiguous")},
+    **{f"aten::{n}": OpRule(pointwise, _TENSOR) for n in ("zeros_like", "ones_like", "full_like", "empty_like")},
+    **{f"aten::{n}": OpRule(pointwise, _POINTWISE) for n in ("_to_copy", "masked_fill", "lift_fresh_copy", "copy")},
+    **{f"aten::{n}": OpRule(pointwise, _POINTWISE, "additive") for n in ("add", "sub")},
+    **{f"aten::{n}": OpRule(pointwise, _POINTWISE, "homogeneous") for n in ("mul", "div", "neg")},
     **{
-        f"aten.{n}": OpRule(data_free, _OWN)
+        f"aten::{n}": OpRule(data_free, _OWN)
         for n in ("new_ones", "new_zeros", "new_empty", "new_full", "new_empty_strided", "sym_size", "sym_numel")
     },
-    "cpcompile.routed_experts": OpRule(routed, "own: row-wise in the tokens, given all experts"),
-    "cpcompile.lightning_indexer": OpRule(queries(frozenset({1})), _ROWS),
-    "cpcompile.sparse_attention": OpRule(queries(frozenset({1, 4})), _ROWS),
-    "cpcompile.paged_lightning_indexer": OpRule(queries(frozenset({1}), 0), _ROWS),
-    "cpcompile.paged_sparse_attention": OpRule(queries(frozenset({1, 4}), 0), _ROWS),
-    "cpcompile.paged_attention": OpRule(queries(frozenset({1, 3}), 0), _ROWS),
-    **{f"npu.{n}": OpRule(npu_norm, _NPU) for n in ("npu_rms_norm", "npu_add_rms_norm")},
-    **{f"npu.{n}": OpRule(npu_rope, _NPU) for n in ("npu_interleave_rope", "npu_rotary_mul")},
+    "cpcompile::routed_experts": OpRule(routed, "own: row-wise in the tokens, given all experts"),
+    "cpcompile::lightning_indexer": OpRule(queries(frozenset({1})), _ROWS),
+    "cpcompile::sparse_attention": OpRule(queries(frozenset({1, 4})), _ROWS),
+    "cpcompile::paged_lightning_indexer": OpRule(queries(frozenset({1}), 0), _ROWS),
+    "cpcompile::paged_sparse_attention": OpRule(queries(frozenset({1, 4}), 0), _ROWS),
+    "cpcompile::paged_attention": OpRule(queries(frozenset({1, 3}), 0), _ROWS),
+    **{f"npu::{n}": OpRule(npu_norm, _NPU) for n in ("npu_rms_norm", "npu_add_rms_norm")},
+    **{f"npu::{n}": OpRule(npu_rope, _NPU) for n in ("npu_interleave_rope", "npu_rotary_mul")},
+    **{f"vllm_ir::{n}": OpRule(vllm_norm, "vLLM 0.32, vllm/ir/ops") for n in ("rms_norm", "fused_add_rms_norm")},
     **{name: OpRule(fused_attention, "torch.nn.functional.scaled_dot_product_attention") for name in FUSED},
     "getitem": OpRule(getitem, "own: picks one output", "homogeneous"),
-    "_c10d_functional.all_reduce": OpRule(pointwise, "own: elementwise over the ranks of another axis", "homogeneous"),
-    "_c10d_functional.wait_tensor": OpRule(pointwise, "own: identity", "homogeneous"),
+    "_c10d_functional::all_reduce": OpRule(pointwise, "own: elementwise over the ranks of another axis", "homogeneous"),
+    "_c10d_functional::wait_tensor": OpRule(pointwise, "own: identity", "homogeneous"),
 }
 
 _POINTWISE_RULE = OpRule(pointwise, _POINTWISE)
@@ -137,13 +142,13 @@ _POINTWISE_RULE = OpRule(pointwise, _POINTWISE)
 def _keeps_linearity(node: fx.Node) -> bool:
     """Whether this call of a linear op is linear, too: no bias, rounding, scalar term, or product with itself."""
     name, args, kwargs = op_name(node.target), node.args, node.kwargs
-    if name == "aten.linear":
+    if name == "aten::linear":
         return (args[2] if len(args) > 2 else kwargs.get("bias")) is None and args[0] is not args[1]
-    if name in ("aten.add", "aten.sub"):
+    if name in ("aten::add", "aten::sub"):
         return isinstance(args[1], fx.Node) and isinstance(args[1].meta.get("val", torch.Tensor()), torch.Tensor)
-    if name == "_c10d_functional.all_reduce":
+    if name == "_c10d_functional::all_reduce":
         return args[1] in ("sum", "avg")
-    if name in ("aten.mul", "aten.div", "aten.mm", "aten.bmm"):
+    if name in ("aten::mul", "aten::div", "aten::mm", "aten::bmm"):
         return args[0] is not args[1] and kwargs.get("rounding_mode") is None
     return True
 
@@ -175,7 +180,7 @@ def classify(
     """
     known = find_rule(node)
     if known is None:
-        return Mixing(f"{op_name(node.target)} is not in the table of token-wise ops")
+        return Mixing(why_whole(node) or f"{op_name(node.target)} is not in the table of token-wise ops")
     if known.rule is data_free:
         return data_free(Call(node, tokens, layouts, shapes))
     if not any(any(layouts.get(n, ())) for n in node.all_input_nodes):

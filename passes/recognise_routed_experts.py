@@ -79,10 +79,7 @@ class RecogniseRoutedExperts:
             except Differs as differs:
                 node = differs.node if isinstance(differs.node, fx.Node) else sort
                 result.refuse(node, f"looks like sorted experts, but {differs}; they need all tokens")
-        if result.rewrites:
-            gm.graph.lint()
-            gm.recompile()
-        return result
+        return result.finish(gm)
 
 
 def _grouped_products(sort: fx.Node) -> list[fx.Node]:

@@ -59,10 +59,7 @@ class RecogniseSparseAttention:
                 result.rewrites += 1
             except Differs as differs:
                 result.refuse(differs.node, f"looks like sparse attention, but {differs}; it stays dense")
-        if result.rewrites:
-            gm.graph.lint()
-            gm.recompile()
-        return result
+        return result.finish(gm)
 
 
 def _reads_top_k(softmax: fx.Node) -> bool:

@@ -14,6 +14,7 @@ from cpcompile.passes.base import GraphPass
 
 # In the order in which the pipeline runs them, and then what a target may run on its outcome.
 PASSES: Mapping[str, str] = {
+    "vllm-ops": "cpcompile.passes.vllm_ops:VllmOps",
     "canonicalise": "cpcompile.passes.canonicalise:Canonicalise",
     "per-token-attention": "cpcompile.passes.per_token_attention:PerTokenAttention",
     "recognise-sparse-attention": "cpcompile.passes.recognise_sparse_attention:RecogniseSparseAttention",
@@ -31,7 +32,9 @@ PASSES: Mapping[str, str] = {
     "npu-rope": "cpcompile.passes.npu_rope:NpuRope",
     "npu-swiglu": "cpcompile.passes.npu_swiglu:NpuSwiglu",
     "npu-quant": "cpcompile.passes.npu_quant:NpuQuant",
+    "npu-key-cache": "cpcompile.passes.npu_key_cache:NpuKeyCache",
     "npu-mc2": "cpcompile.passes.npu_mc2:NpuMc2",
+    "npu-uneven": "cpcompile.passes.npu_uneven:NpuUneven",
     "ge-forms": "cpcompile.passes.ge_forms:GeForms",
 }
 

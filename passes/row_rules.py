@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 import torch.fx as fx
 
-from cpcompile.passes.op_call import UNUSED, Call, Demand, Mixing, RowWise, Rule, op_name
+from cpcompile.passes.collectives import op_name
+from cpcompile.passes.op_call import UNUSED, Call, Demand, Mixing, RowWise, Rule
 from cpcompile.passes.token_layout import ONE, Shape, TokenDim, through_view
 
-CONSTANTS = frozenset(f"aten.new_{n}" for n in ("ones", "zeros", "empty", "full"))
+CONSTANTS = frozenset(f"aten::new_{n}" for n in ("ones", "zeros", "empty", "full"))
 
 
 def nonnegative(value: object, ndim: int) -> int:

@@ -15,16 +15,16 @@ import torch.fx as fx
 
 from cpcompile.axes import Axis
 from cpcompile.passes import npu_ops
-from cpcompile.passes.collectives import AllReduce, find_all_reduces
+from cpcompile.passes.collectives import AllReduce, find_all_reduces, op_name
 from cpcompile.passes.existing_moves import find_gathers, gathers_rows, own_rows, taken_from
 from cpcompile.passes.fused_attention import FUSED, is_random
-from cpcompile.passes.op_call import UNUSED, Call, Mixing, RowWise, op_name
+from cpcompile.passes.op_call import UNUSED, Call, Mixing, RowWise
 from cpcompile.passes.picked_rows import picks_of
 from cpcompile.passes.placement_rules import classify
 from cpcompile.passes.token_layout import ONE, Expr, Shape, TokenDim, row_dim, value_shapes
 
 # Ops of these namespaces are pure functions of their arguments: same arguments, same result on every rank.
-PURE_NAMESPACES = frozenset({"aten", "prims", "transformers", "cpcompile"})
+PURE_NAMESPACES = frozenset({"aten", "prims", "transformers", "cpcompile", "vllm_ir"})
 
 
 @dataclass
@@ -109,7 +109,7 @@ def annotate(
         elif node in gathers:
             layouts[node] = (TokenDim(0),)
             known.classes[node] = RowWise({}, (TokenDim(0),))
-        elif op_name(node.target) == "aten.arange" and shapes[node] == ((known.tokens,),):
+        elif op_name(node.target) == "aten::arange" and shapes[node] == ((known.tokens,),):
             layouts[node] = (TokenDim(0),)  # positions: whole on every rank, and each rank can take its own
         elif npu_ops.is_row_result(node) and shapes[node][0][:1] == (known.tokens,):
             layouts[node] = (TokenDim(0),)  # as positions are
@@ -170,7 +170,9 @@ def _takes_own_rows(node: fx.Node, known: Annotation) -> bool:
 
 
 PRODUCTS_OF_TOKENS = frozenset(
-    {"aten.mm", "aten.bmm"} | {f"cpcompile.{n}attention" for n in ("sparse_", "paged_sparse_", "paged_")} | FUSED.keys()
+    {"aten::mm", "aten::bmm"}
+    | {f"cpcompile::{n}attention" for n in ("sparse_", "paged_sparse_", "paged_")}
+    | FUSED.keys()
 )
 
 
@@ -202,6 +204,8 @@ def _is_replicated(
         return True
     if node.op != "call_function":
         return False
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return False  # what an op inside reads besides its arguments (a cache, weights of its own) is not known
     if isinstance(node.target, torch._ops.OpOverload):
         namespace = node.target.namespace
         if namespace == "_c10d_functional":
@@ -220,7 +224,7 @@ def _collective_is_replicated(node: fx.Node, known: Annotation) -> bool:
     A scatter or all-to-all gives each rank something else, and over a group that is not known to be orthogonal to
     the axis nothing more can be said.
     """
-    name = op_name(node.target).removeprefix("_c10d_functional.")
+    name = op_name(node.target).removeprefix("_c10d_functional::")
     operand = node.all_input_nodes[0]
     if name in ("wait_tensor", "all_reduce"):
         return operand in known.replicated

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.fx as fx
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 from cpcompile.axes import Axis
@@ -63,7 +63,8 @@ def reshaped(node: fx.Node, args: Mapping[str, Argument], dims: Dims, split: boo
     """
     name, ndim = op_name(node.target), len(dims)
     if name in VIEWS:
-        return regroup(dims, tuple(args["size" if "size" in args else "shape"]))
+        sizes = args.get("size", args.get("shape"))
+        return None if sizes is None else regroup(dims, tuple(sizes))  # without sizes it is a view as another dtype
     if name in IDENTITIES:
         return dims
     if name == "aten::constant_pad_nd":
@@ -103,7 +104,7 @@ class Arguments:
         self.mutated: list[fx.Node] = []
         writes = 0
         for node in gm.graph.nodes:
-            if is_random(node) or is_mutable(node):
+            if is_random(node) or is_mutable(node) or sees_more(node):
                 self.effects[node] = len(self.effects)
             if is_mutable(node):
                 writes += 1
@@ -214,6 +215,15 @@ def communicates(node: fx.Node) -> bool:
 def is_mutable(node: fx.Node) -> bool:
     """Whether ``node`` writes into an operand."""
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def sees_more(node: fx.Node) -> bool:
+    """Whether ``node`` calls an op of vLLM's, itself or functionalised.
+
+    Those read and write caches and metadata that are not among their arguments, so that their calls must stay in order.
+    """
+    op = node.args[0] if isinstance(node.target, HigherOrderOperator) and node.args else node.target
+    return isinstance(op, OpOverload) and op.namespace == "vllm"
 
 
 def is_random(node: fx.Node) -> bool:

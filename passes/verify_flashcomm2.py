@@ -18,8 +18,8 @@ from cpcompile.passes.verify_arguments import Argument, Arguments, Refused, comm
 from cpcompile.passes.verify_chunks import OVER_TP, Moves, Value, alike
 from cpcompile.passes.verify_gathered import GatheredWeights
 from cpcompile.passes.verify_index import Shape, product, row_major, shape, tensor_shape
+from cpcompile.passes.verify_proof import Failure, Proof
 from cpcompile.passes.verify_same_calls import Copies, Original, check_shape
-from cpcompile.passes.verify_static import Failure, Proof
 
 # Op -> its row operand, weight and bias: the products of which the proof knows that a row of the result is a row of the
 # operand times the weight. Sources: native_functions.yaml, torch_npu's schemas.

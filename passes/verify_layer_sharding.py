@@ -19,8 +19,8 @@ from cpcompile.axes import Axis
 from cpcompile.passes.collectives import group_name_of, is_wait
 from cpcompile.passes.verify_arguments import Arguments, Refused, communicates, op_name
 from cpcompile.passes.verify_index import Shape, shape, tensor_shape
+from cpcompile.passes.verify_proof import Failure, Proof
 from cpcompile.passes.verify_same_calls import Copies, Original, check_shape
-from cpcompile.passes.verify_static import Failure, Proof
 from cpcompile.passes.weight_recipes import Owner
 
 # Op -> which argument is the weight. Sources: native_functions.yaml, torch_npu's schemas.

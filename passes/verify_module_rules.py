@@ -27,6 +27,7 @@ from cpcompile.passes.verify_module_calls import (
     signature,
 )
 from cpcompile.passes.verify_module_values import Cut, Form, flat
+from cpcompile.passes.verify_proof import told_op
 
 SUMMED_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.int64})
 ADDED = frozenset({"aten::add", "aten::sub"})
@@ -64,14 +65,14 @@ class Rules:
         if is_elementwise(node) and at:
             return [self._elementwise(node, at)]
         found = ", ".join(f.rows or "a part" for f in at.values())
-        raise Refused(f"expected an op that keeps rows and columns apart; found {_op(node)} of {found}", 2)
+        raise Refused(f"expected an op that keeps rows and columns apart; found {told_op(node)} of {found}", 2)
 
     def _found(self, node: fx.Node, at: Mapping[fx.Node, Form]) -> View:
         flats = {n: view for n, f in at.items() if (view := flat(f.view)) is not None}
         found = self.original.by_rows.get(signature(self.arguments, node, flats)) if len(flats) == len(at) else None
         if found is None:
             names = ", ".join(self.original.name(f.view) for f in at.values())
-            raise Refused(f"expected a call of the original; found {_op(node)} of {names}", 1)
+            raise Refused(f"expected a call of the original; found {told_op(node)} of {names}", 1)
         return found
 
     def _check_common(self, form: Form, axis: Axis | None, what: str) -> None:
@@ -84,7 +85,7 @@ class Rules:
         x, weight = at[args[operands.rows]], at[args[operands.weight]]
         axis = _agreed(x, weight)
         if x.partial or weight.partial or weight.rows:
-            raise Refused(f"expected rows and a weight; found {_op(node)} of summands or of rows of all ranks", 3)
+            raise Refused(f"expected rows and a weight; found {told_op(node)} of summands or of rows of all ranks", 3)
         found = self._found(node, at)
         made = Form(found, x.rows, x.count, axis=axis)
         by_column = [n for name in operands.by_column if (n := args[name]) in at]
@@ -116,7 +117,7 @@ class Rules:
         if operands.bias and args[operands.bias] is not None:
             raise Refused("expected the bias to be added once; found it in the summand of every rank", 3)
         if any(args.get(name) is not None for name in operands.unscaled) or any(args[n] != 1 for n in operands.ones):
-            raise Refused(f"expected a plain product; found {_op(node)} with more", 3)
+            raise Refused(f"expected a plain product; found {told_op(node)} with more", 3)
         if node.meta["val"].dtype not in SUMMED_DTYPES:
             raise Refused(f"expected summands that can be added; found {node.meta['val'].dtype}", 3)
         if x.rows == "own" or (not x.rows and not self.common(x.view[0], axis)):
@@ -181,7 +182,7 @@ class Rules:
             for other in (f for f in at.values() if not f.partial and f.rows != "all"):
                 self._check_common(other, axis, "a factor of summands,")
             return
-        raise Refused(f"expected an op linear in its summands; found {_op(node)}: reduce first", 3)
+        raise Refused(f"expected an op linear in its summands; found {told_op(node)}: reduce first", 3)
 
     def _split(self, node: fx.Node, at: Mapping[fx.Node, Form], shapes: Mapping[fx.Node, Shape]) -> list[Form]:
         """Segments of the columns: each rank's part of a piece is a piece of its part."""
@@ -190,9 +191,9 @@ class Rules:
         ranges = pieces_of(self.arguments, node, shapes[source])
         whole = flat(form.view)
         if ranges is None or whole is None or form.partial:
-            raise Refused(f"expected pieces of columns; found {_op(node)}", 1)
+            raise Refused(f"expected pieces of columns; found {told_op(node)}", 1)
         if form.cut is None or form.cut.dim != len(form.sizes) - 1:
-            raise Refused(f"expected pieces of a part of the columns; found {_op(node)} of all of them", 1)
+            raise Refused(f"expected pieces of a part of the columns; found {told_op(node)} of all of them", 1)
         assert form.axis is not None
         made = []
         for first, last in ranges:
@@ -213,14 +214,10 @@ class Rules:
         segments, name = HALVED[op_name(node.target)]
         dim = self.arguments.arguments(node)[name] % len(form.sizes)
         if form.partial or form.cut is None or dim != len(form.sizes) - 1 or len(form.sizes) != 2:
-            raise Refused(f"expected both halves' parts of the columns; found {_op(node)} of others", 3)
+            raise Refused(f"expected both halves' parts of the columns; found {told_op(node)} of others", 3)
         if form.cut.dim != dim or form.cut.outer != segments:
             raise Refused(f"expected {segments} segments of columns; found {form.cut.outer}", 3)
         return replace(form, view=self._found(node, at), cut=replace(form.cut, outer=1))
-
-
-def _op(node: fx.Node) -> str:
-    return op_name(node.target).replace("::", ".")
 
 
 def _span(cut: Cut) -> tuple[Size, Size]:

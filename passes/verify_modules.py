@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-import torch
 import torch.fx as fx
 
 from cpcompile.axes import Axis
 from cpcompile.passes.collectives import group_name_of, is_wait
-from cpcompile.passes.verify_arguments import Arguments, Refused, aliases, communicates, op_name, reshaped
-from cpcompile.passes.verify_index import Shape, divide, product, regroup, same, shape, tensor_shape, times
+from cpcompile.passes.verify_arguments import Arguments, Refused, View, aliases, communicates, op_name, reshaped
+from cpcompile.passes.verify_index import Shape, divide, product, regroup, shape, times
 from cpcompile.passes.verify_module_calls import NO_AXIS, Calls, is_elementwise
 from cpcompile.passes.verify_module_counts import Counts, RowCount, RowNumbers
 from cpcompile.passes.verify_module_lookups import Lookup, Lookups
@@ -31,7 +30,7 @@ from cpcompile.passes.verify_module_moves import Moves
 from cpcompile.passes.verify_module_rules import Rules
 from cpcompile.passes.verify_module_values import Cut as ColumnCut
 from cpcompile.passes.verify_module_values import Form, Value, broadcast, forms_of, value_of
-from cpcompile.passes.verify_static import Failure, Proof
+from cpcompile.passes.verify_proof import Failure, Proof, check_outputs, check_shapes, told_op
 from cpcompile.passes.weight_cuts import Cut
 
 MOST_READINGS = 16
@@ -103,17 +102,15 @@ class _Prover:
             try:
                 self._visit(node)
             except Refused as refused:
-                self._fail(node.name, f"{node.name}: {refused}")
-        for name, message in [*self.original.missing(self.arguments, self.gm), *self._bad_cuts()]:
-            self._fail(name, message)
+                self.failures.append(Failure(node.name, f"{node.name}: {refused}"))
+        others = [*self.original.missing(self.arguments, self.gm), *self._bad_cuts()]
+        self.failures += [Failure(name, message) for name, message in others]
         return Proof(not self.failures, tuple(self.failures), self.facts)
-
-    def _fail(self, name: str, message: str) -> None:
-        self.failures.append(Failure(name, message))
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "output":
-            return self._check_outputs(node)
+            self.failures += check_outputs(node, self.original, self.arguments, self._instead, bool(self.failures))
+            return None
         if self._is_number(node) or self.arguments.visit_size(node, self._local_shape):
             return None
         if node.op in ("placeholder", "get_attr"):
@@ -122,7 +119,7 @@ class _Prover:
             return None  # The failure of an operand has been told.
         else:
             found = self._call(node)
-        self._check_shapes(node, found)
+        check_shapes(node, [_sizes(readings[0]) for readings in found])
         self.env[node] = found
         self.facts[node.name] = ", ".join(self._describe(readings[0]) for readings in found)
         return None
@@ -189,7 +186,7 @@ class _Prover:
                 except Refused as refused:
                     reasons.append(refused)
         if not found:
-            raise max(reasons, key=lambda r: r.specific) if reasons else Refused(f"nothing is known of {_op(node)}")
+            raise max(reasons, key=lambda r: r.specific) if reasons else Refused(f"nothing is known of {told_op(node)}")
         return tuple(tuple(dict.fromkeys(results)) for results in zip(*found, strict=True))
 
     def _whole(self, node: fx.Node, at: Mapping[fx.Node, Reading]) -> list[tuple[Reading, ...]]:
@@ -203,7 +200,7 @@ class _Prover:
         found = self.original.calls.get(key)
         if found is None:
             names = ", ".join(self.original.name(v) for v in views.values()) or "no values"
-            raise Refused(f"expected a call of the original; found {_op(node)} of {names} with other arguments")
+            raise Refused(f"expected a call of the original; found {told_op(node)} of {names} with other arguments")
         return [tuple(Value(*view) for view in found)]
 
     def _moved(self, node: fx.Node, at: Mapping[fx.Node, Reading]) -> list[tuple[Reading, ...]]:
@@ -250,7 +247,7 @@ class _Prover:
         if not found and reasons:
             raise max(reasons, key=lambda r: r.specific)
         if not found:
-            raise Refused(f"expected rows and columns in their order; {_op(node)} reads permuted ones", 1)
+            raise Refused(f"expected rows and columns in their order; {told_op(node)} reads permuted ones", 1)
         return found
 
     def _made(
@@ -260,7 +257,7 @@ class _Prover:
         if isinstance(step, Lookup):
             return (step,)
         if step is None and any(isinstance(v, Lookup) for v in given.values()):
-            raise Refused(f"expected a masked lookup in this rank's rows of a table; found {_op(node)}", 3)
+            raise Refused(f"expected a masked lookup in this rank's rows of a table; found {told_op(node)}", 3)
         forms = [step] if step is not None else self.rules.results(node, given, shapes)
         results: list[Reading] = []
         for form in forms:
@@ -286,33 +283,12 @@ class _Prover:
 
     # Checks and words.
 
-    def _check_shapes(self, node: fx.Node, found: tuple[Readings, ...]) -> None:
-        """What the graph says of its shapes is what they are: lowering relies on it."""
-        value = node.meta.get("val")
-        claimed: Sequence[object] = value if isinstance(value, list | tuple) else [value]
-        for said, readings in zip(claimed, found, strict=False):
-            if isinstance(said, torch.Tensor):
-                stated, shown = tensor_shape(said), _sizes(readings[0])
-                if len(stated) != len(shown) or not all(map(same, stated, shown)):
-                    raise Refused(f"expected shape {list(shown)}; its meta says {list(stated)}", 2)
-
-    def _check_outputs(self, node: fx.Node) -> None:
-        mine, theirs = _outputs(node), _outputs(self.original.output)
-        if len(mine) != len(theirs):
-            raise Refused(f"expected {len(theirs)} outputs; found {len(mine)}")
-        for index, (new, old) in enumerate(zip(mine, theirs, strict=True)):
-            told = new.name if isinstance(new, fx.Node) else node.name
-            wanted = self.original.env.get(old) if isinstance(old, fx.Node) else None
-            if wanted is None or len(wanted) != 1:
-                if self.arguments.constant(new) != self.original.constant(old):
-                    self._fail(told, f"{told}: expected output {index} to be {old}; found {new}")
-            elif isinstance(new, fx.Node) and new in self.env:
-                readings = self.env[new][0]
-                if new in self.waiting or Value(*wanted[0]) not in readings:
-                    expected, found = self.original.name(wanted[0]), self._describe(readings[0])
-                    self._fail(told, f"{told}: expected output {index} to be Whole of {expected}; found {found}")
-            elif not self.failures:
-                self._fail(told, f"{told}: expected output {index} to be {old}; found {new}")
+    def _instead(self, node: fx.Node, wanted: View) -> str | None:
+        """What an output was shown to be instead of ``wanted``; ``""`` if it is that, None if nothing is known."""
+        if node not in self.env:
+            return None
+        readings = self.env[node][0]
+        return "" if node not in self.waiting and Value(*wanted) in readings else self._describe(readings[0])
 
     def _describe(self, reading: Reading) -> str:
         if isinstance(reading, RowCount):
@@ -331,12 +307,3 @@ class _Prover:
 
 def _sizes(reading: Reading) -> Shape:
     return shape(reading.dims) if isinstance(reading, Value) else reading.sizes
-
-
-def _op(node: fx.Node) -> str:
-    return op_name(node.target).replace("::", ".")
-
-
-def _outputs(node: fx.Node) -> list[object]:
-    values = node.args[0]
-    return list(values) if isinstance(values, list | tuple) else [values]

@@ -32,7 +32,7 @@ from cpcompile.passes.verify_arguments import (
 )
 from cpcompile.passes.verify_index import Dims, Shape, Size, row_major, shape, tensor_shape, times
 
-PURE_NAMESPACES = frozenset({"aten", "prims", "transformers", "cpcompile"})
+PURE_NAMESPACES = frozenset({"aten", "prims", "transformers", "cpcompile", "vllm_ir"})
 # Of torch_npu's ops, of which some communicate or draw random numbers, these do neither.
 PURE_NPU = frozenset({"rms_norm", "add_rms_norm", "interleave_rope", "rotary_mul", "scatter_nd_update"})
 PURE_NPU |= {"lightning_indexer", "sparse_flash_attention", "kv_rmsnorm_rope_cache", "mla_prolog", "mla_prolog_v2"}

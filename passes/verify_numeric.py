@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from cpcompile.axes import Axis
+from cpcompile.passes.collectives import op_name
 from cpcompile.passes.lockstep import LockstepError, RankProgram, run_lockstep
 from cpcompile.passes.lockstep_collectives import RULES, bind
 from cpcompile.passes.materialise import materialise
-from cpcompile.passes.op_call import op_name
 from cpcompile.passes.placement_problem import VIEWS, PlacementGraph
 from cpcompile.passes.token_layout import Expr, size_expr
 from cpcompile.passes.widen import CASTS, wide, widened

@@ -315,6 +315,8 @@ RULES: Mapping[str, Rule] = {
     "cpcompile::paged_lightning_indexer": attends("key_cache", at=0),
     "cpcompile::paged_sparse_attention": attends("key_cache", "rope_cache", at=0),
     "cpcompile::paged_attention": attends("key_cache", "rope_cache", at=0),
+    "vllm_ir::rms_norm": trailing("weight"),
+    "vllm_ir::fused_add_rms_norm": trailing("weight"),
     "npu::npu_rms_norm": trailing("gamma"),
     "npu::npu_add_rms_norm": trailing("gamma"),
     "npu::npu_interleave_rope": trailing(""),

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import TypeAlias
 
 import sympy
-import torch
 import torch.fx as fx
 
 from cpcompile.axes import Axis
@@ -30,40 +29,15 @@ from cpcompile.passes.verify_index import (
     row_major,
     same,
     shape,
-    tensor_shape,
     times,
 )
 from cpcompile.passes.verify_moves import Mover, Value, whole
 from cpcompile.passes.verify_numbering import Numbering
 from cpcompile.passes.verify_picks import Picks
+from cpcompile.passes.verify_proof import Failure, Proof, check_outputs, check_shapes, told_op
 from cpcompile.passes.verify_rules import RESULTS_BY_ROWS, Call, is_linear, rows_of
 
 MOST_READINGS = 64
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What could not be proven: the rewritten graph's node, and one line on what was expected and found."""
-
-    node: str
-    message: str
-
-
-@dataclass(frozen=True)
-class Proof:
-    """The outcome.
-
-    Args:
-        holds: every output is whole and every value is accounted for.
-        failures: the nodes at which it does not, without what only follows from another failure.
-        facts: rewritten node name → what it was shown to be, such as ``"Shard(1) of mul_150"``.
-        same: names of the rewritten nodes that were shown to be the same on all ranks.
-    """
-
-    holds: bool
-    failures: tuple[Failure, ...]
-    facts: Mapping[str, str]
-    same: frozenset[str] = frozenset()
 
 
 Readings: TypeAlias = tuple[Value, ...]
@@ -114,7 +88,8 @@ class _Prover:
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "output":
-            return self._check_outputs(node)
+            self.failures += check_outputs(node, self.original, self.numbering, self._instead, bool(self.failures))
+            return None
         if self.numbering.visit_size(node, self._local_shape):
             return None
         if node.op in ("placeholder", "get_attr"):
@@ -132,7 +107,7 @@ class _Prover:
                     return None
                 raise
         found = tuple((*readings, *(v for r in readings for v in self.moves.alike(r))) for readings in found)
-        self._check_shapes(node, found)
+        check_shapes(node, [shape(readings[0].dims) for readings in found])
         self.env[node] = found
         if all(any(v.whole and not v.partial and self.original.replicated[v.content] for v in r) for r in found):
             self.same.add(node.name)
@@ -208,9 +183,9 @@ class _Prover:
                 return tuple(replace(whole(v), partial=True) for v in views)
         if any(v.partial for v in at.values()):
             found = ", ".join(f"{n}: {self.moves.describe(v)}" for n, v in at.items())
-            raise Refused(f"expected an op linear in its summands; found {_op(node)} of {found}: reduce first", 2)
+            raise Refused(f"expected an op linear in its summands; found {told_op(node)} of {found}: reduce first", 2)
         found = ", ".join(self.moves.describe(v) for v in at.values()) or "no values"
-        raise Refused(f"expected a call of the original; found {_op(node)} of {found} with other arguments")
+        raise Refused(f"expected a call of the original; found {told_op(node)} of {found} with other arguments")
 
     def _on_rows(
         self, node: fx.Node, rows: Mapping[fx.Node, Value], others: Mapping[fx.Node, Value]
@@ -221,7 +196,7 @@ class _Prover:
             raise Refused(
                 f"expected {varying} ({differs}) to be the same on all ranks, as it meets rows; it differs", 3
             )
-        reason = Refused(f"expected whole tokens in one dim of each operand; {_op(node)} reads interleaved ones", 1)
+        reason = Refused(f"expected whole tokens in one dim of each operand; {told_op(node)} reads interleaved ones", 1)
         found: list[tuple[Value, ...]] = []
         candidates = [self.split.wholes(v.dims, v.post) for v in rows.values()]
         for wholes in itertools.islice(itertools.product(*candidates), MOST_READINGS):
@@ -269,16 +244,16 @@ class _Prover:
         views = self._found(node, at, self._whole_sizes(node, at, split))
         if views is None:
             found = ", ".join(("rows of " if n in split else "") + self.original.name(v) for n, v in at.items())
-            raise Refused(f"expected a call of the original; found {_op(node)} of {found}", 1)
+            raise Refused(f"expected a call of the original; found {told_op(node)} of {found}", 1)
         out = tuple(shape(dims) for _, dims in views)
         where = rows_of(Call(node, {n: shape(dims) for n, (_, dims) in at.items()}, split, out))
         if isinstance(where, str):
-            raise Refused(f"expected an op that keeps rows apart; found {_op(node)}: {where}; gather first", 2)
+            raise Refused(f"expected an op that keeps rows apart; found {told_op(node)}: {where}; gather first", 2)
         made = []
         told = RESULTS_BY_ROWS.get(op_name(node.target), len(views))
         for (content, _), sizes in zip(views[:told], out[:told], strict=True):
             if not self.original.replicated[content]:
-                raise Refused(f"expected the same {_op(node)} on all ranks; its result differs between them", 3)
+                raise Refused(f"expected the same {told_op(node)} on all ranks; its result differs between them", 3)
             dim = where.dim
             if sizes[dim] != product((where.outer, self.split.tokens, where.inner)):
                 raise Refused(f"expected {self.split.tokens} tokens in dim {dim} of the result; found {sizes[dim]}", 1)
@@ -302,40 +277,11 @@ class _Prover:
 
     # Checks and words.
 
-    def _check_shapes(self, node: fx.Node, found: tuple[Readings, ...]) -> None:
-        """What the graph says of its shapes is what they are: lowering relies on it."""
-        value = node.meta.get("val")
-        claimed: Sequence[object] = value if isinstance(value, list | tuple) else [value]
-        for said, readings in zip(claimed, found, strict=False):
-            if isinstance(said, torch.Tensor):
-                stated, shown = tensor_shape(said), shape(readings[0].dims)
-                if len(stated) != len(shown) or not all(map(same, stated, shown)):
-                    raise Refused(f"expected shape {list(shown)}; its meta says {list(stated)}", 2)
-
-    def _check_outputs(self, node: fx.Node) -> None:
-        mine, theirs = _outputs(node), _outputs(self.original.output)
-        if len(mine) != len(theirs):
-            raise Refused(f"expected {len(theirs)} outputs; found {len(mine)}")
-        for index, (new, old) in enumerate(zip(mine, theirs, strict=True)):
-            told = new.name if isinstance(new, fx.Node) else node.name
-            wanted = self.original.env.get(old) if isinstance(old, fx.Node) else None
-            if wanted is None or len(wanted) != 1:
-                if self.numbering.constant(new) != self.original.constant(old):
-                    self.failures.append(Failure(told, f"{told}: expected output {index} to be {old}; found {new}"))
-            elif isinstance(new, fx.Node) and new in self.env:
-                readings = self.env[new][0]
-                if new in self.waiting or whole(wanted[0]) not in readings:
-                    expected, found = self.original.name(wanted[0]), self.moves.describe(readings[0])
-                    message = f"expected output {index} to be Whole of {expected}; found {found}: gather or reduce it"
-                    self.failures.append(Failure(told, f"{told}: {message}"))
-            elif not self.failures:
-                self.failures.append(Failure(told, f"{told}: expected output {index} to be {old}; found {new}"))
-
-
-def _op(node: fx.Node) -> str:
-    return op_name(node.target).replace("::", ".")
-
-
-def _outputs(node: fx.Node) -> list[object]:
-    values = node.args[0]
-    return list(values) if isinstance(values, list | tuple) else [values]
+    def _instead(self, node: fx.Node, wanted: View) -> str | None:
+        """What an output was shown to be instead of ``wanted``; ``""`` if it is that, None if nothing is known."""
+        if node not in self.env:
+            return None
+        readings = self.env[node][0]
+        if node not in self.waiting and whole(wanted) in readings:
+            return ""
+        return f"{self.moves.describe(readings[0])}: gather or reduce it"

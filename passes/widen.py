@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 _WIDE = {True: torch.complex128, False: torch.float64}
-CASTS = frozenset({"aten._to_copy", "prims.convert_element_type", "aten.clone"})
+CASTS = frozenset({"aten::_to_copy", "prims::convert_element_type", "aten::clone"})
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

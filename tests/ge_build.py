@@ -86,12 +86,13 @@ def run_ranks(
     outputs: int = 1,
     attrs: Sequence[Mapping[str, Any]] = (),
 ) -> list[list[Tensor]]:
-    """The results of one op on each rank of group ``g``; ``attrs`` of each rank, or of all."""
+    """The results of one op on each rank of group ``g``; ``attrs`` of each rank, or of all, None for an unsaid one."""
     every = [attrs[rank if len(attrs) > 1 else 0] if attrs else {} for rank in range(len(per_rank))]
     members = {"g": tuple(range(len(per_rank)))}
     programs = []
     for inputs, own in zip(per_rank, every, strict=True):
-        graph, values = one_op(op_type, inputs, outputs, **{"group": "g", **own})
+        said = {name: value for name, value in {"group": "g", **own}.items() if value is not None}
+        graph, values = one_op(op_type, inputs, outputs, **said)
         programs.append(GeProgram(graph, values, members))
     return interpret(programs)
 

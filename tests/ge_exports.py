@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,20 @@ from cpcompile.plan import Plan
 EXAMPLE = 10  # divides by 2 and not by 4: padding is not needed for two ranks, and is for four
 
 
-def model_of(kind: str, layers: int, dtype: torch.dtype) -> Any:
-    """The unsharded model, alike in every process.
+def model_of(kind: str, layers: int, dtype: torch.dtype, **changes: Any) -> Any:
+    """The unsharded model, alike in every process; ``changes`` are of its configuration.
 
     An indexer of 4 heads gives one key of 16 the score 0, and the op leaves open which of equal keys it takes: of 32
     heads, no two keys here score alike.
     """
-    return make(kind, dtype, layers, **({"index_n_heads": 32} if kind == "v32" else {}))
+    return make(kind, dtype, layers, **({"index_n_heads": 32} if kind == "v32" else {}), **changes)
 
 
-def traces(kind: str, size: int, layers: int, dtype: torch.dtype) -> SharedRanks:
+def traces(kind: str, size: int, layers: int, dtype: torch.dtype, **changes: Any) -> SharedRanks:
     """Every rank's trace, made of the first one's."""
 
     def make_sharded(mesh: Any) -> Any:
-        return models.shard(model_of(kind, layers, dtype), mesh)
+        return models.shard(model_of(kind, layers, dtype, **changes), mesh)
 
     with fake_rank(0, size) as mesh:
         first = capture(make_sharded(mesh), input_ids=torch.zeros((1, EXAMPLE), dtype=torch.long), use_cache=False)
@@ -44,7 +44,10 @@ def traces(kind: str, size: int, layers: int, dtype: torch.dtype) -> SharedRanks
     return SharedRanks([trace for trace, _ in every], [axis for _, axis in every])
 
 
-def export(out: Path, kind: str, size: int, layers: int, dtype: torch.dtype, strategy: str = "tp") -> list[Any]:
+def export(
+    out: Path, kind: str, size: int, layers: int, dtype: torch.dtype, strategy: str = "tp",
+    changes: Mapping[str, Any] = {}, settings: Mapping[str, Any] = {},
+) -> list[Any]:  # fmt: skip
     """Write ``out/rank_r``, and in ``out/rank_r/weights.pt`` what the graph takes but the token ids, by source.
 
     With ``"off"``, what the ranks of an uncompiled model compute. Returns each rank's list of what torchair has no
@@ -54,13 +57,13 @@ def export(out: Path, kind: str, size: int, layers: int, dtype: torch.dtype, str
     from cpcompile.lowering.ascend.whole_model import known_of
     from cpcompile.lowering.targets import Settings
 
-    ranks = traces(kind, size, layers, dtype)
+    ranks = traces(kind, size, layers, dtype, **changes)
     every = ranks.compile(strategy=strategy, profile="ascend-a3", sparse_attention=kind == "v32" and strategy != "off")
     unsupported = []
     for rank, (trace, compiled) in enumerate(zip(ranks.traces, every, strict=True)):
         with fake_rank(rank, size), torch.no_grad():
             gm, folder = compiled.variants[-1].gm, out / f"rank_{rank}"
-            unsupported.append(write(gm, folder, Settings(), known_of(compiled, trace.inputs))[1])
+            unsupported.append(write(gm, folder, Settings(**settings), known_of(compiled, trace.inputs))[1])
         torch.save(weights_of(trace), folder / "weights.pt")
     return unsupported
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import models
 import serving_models
+import shared_modules
 import torch
 import torch.fx as fx
 from simulate import fake_rank
@@ -20,6 +21,7 @@ from cpcompile.exchange import OfflineExchange
 from cpcompile.lowering.ascend.export import export
 from cpcompile.lowering.targets import Settings
 from cpcompile.options import Options
+from cpcompile.passes.module_parallel import share_modules
 from cpcompile.passes.specialise import sizes_for, specialise
 from cpcompile.pipeline import compile_graph, copy_graph
 
@@ -74,6 +76,14 @@ def served(layer: str, layout: str) -> dict[str, Any]:
             trace.gm, trace.inputs, Options.parse(options), lambda a: OfflineExchange(a.size, a.rank)
         )
         return written(compiled.variants[-1].gm)
+
+
+def shared_o_proj() -> dict[str, Any]:
+    """The same of one layer of a replicated V3 model whose attention output is projected by four ranks together."""
+    with fake_rank(0, 4) as mesh, torch.no_grad():
+        trace, axis = shared_modules.trace_of("v3", 1), axis_of("tp", mesh["tp"])
+        modules = shared_modules.shared(trace, axis, unequal=False, roles=["o_proj"])
+        return written(share_modules(trace.gm, modules, "equal").gm)
 
 
 def written(gm: fx.GraphModule, mc2: bool = False) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import npu_ops  # noqa: F401  defines the ops
 import torch
 import torch.fx as fx
-from npu_ops import define
 from shared_modules import GROUP, group_of
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
@@ -18,19 +18,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from cpcompile.passes.lockstep import RankProgram, run_lockstep
-from cpcompile.passes.module_parallel import SharedGraph, SharedModule, share_modules
+from cpcompile.passes.module_cuts import SharedModule
+from cpcompile.passes.module_parallel import SharedGraph, share_modules
 from cpcompile.passes.weight_cuts import Cut, cut_tensor
 
 aten = torch.ops.aten
 ROWS, WIDTH, INNER, VOCAB = 25, 36, 48, 96
-
-
-# A torch_npu op by its names of arguments; a kernel for what the tests use.
-define(
-    "npu_swiglu(Tensor self, int dim=-1) -> Tensor",
-    lambda x, dim=-1: x.new_empty([*x.shape[:-1], x.shape[-1] // 2]),
-    lambda x, dim=-1: torch.nn.functional.silu(x.chunk(2, dim)[0]) * x.chunk(2, dim)[1],
-)
 
 
 def rows(*shape: int) -> Tensor:

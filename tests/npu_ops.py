@@ -179,8 +179,9 @@ define(
 
 def _scatter(input: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
     out = input.clone()
-    for row, (place,) in enumerate(indices.tolist()):
-        out[place] = updates[row]
+    for row, place in enumerate(indices.tolist()):
+        assert all(0 <= number < size for number, size in zip(place, out.shape, strict=False))
+        out[tuple(place)] = updates[row]
     return out
 
 
@@ -251,6 +252,11 @@ define(
     "npu_rotary_mul(Tensor input, Tensor r1, Tensor r2, str rotary_mode='half', Tensor? rotate=None) -> Tensor",
     lambda input, *_, **__: torch.empty_like(input),
     _rotary_mul,
+)
+define(
+    "npu_swiglu(Tensor self, int dim=-1) -> Tensor",
+    lambda x, dim=-1: x.new_empty([*x.shape[:-1], x.shape[-1] // 2]),
+    lambda x, dim=-1: torch.nn.functional.silu(x.chunk(2, dim)[0]) * x.chunk(2, dim)[1],
 )
 
 
@@ -343,4 +349,44 @@ define(
     "int? pertoken_scale_dtype=None, int? scale_dtype=None, int[]? group_sizes=None, Tensor? y_scale=None) -> Tensor",
     _quant_matmul_shape,
     _quant_matmul,
+)
+
+
+# ---- collectives ----------------------------------------------------------------------------------------------------
+
+
+def _of_ranks(*_: Any, **__: Any) -> Any:
+    raise AssertionError("of several ranks: a test says what they compute together")
+
+
+define(
+    "npu_mm_reduce_scatter_base(Tensor self, Tensor x2, str hcom, int world_size, *, str reduce_op='sum', "
+    "Tensor? bias=None, Tensor? x1_scale=None, Tensor? x2_scale=None, int comm_turn=0, ScalarType? output_dtype=None, "
+    "str? comm_mode=None) -> Tensor",
+    lambda x, x2, hcom, world_size, **_: x.new_empty((x.shape[0] // world_size, x2.shape[1])),
+    _of_ranks,
+)
+define(
+    "npu_all_gather_base_mm(Tensor self, Tensor x2, str hcom, int world_size, *, Tensor? bias=None, "
+    "Tensor? x1_scale=None, Tensor? x2_scale=None, int gather_index=0, bool gather_output=True, int comm_turn=0, "
+    "ScalarType? output_dtype=None, str? comm_mode=None) -> (Tensor, Tensor)",
+    lambda x, x2, hcom, world_size, **_: (
+        x.new_empty((x.shape[0] * world_size, x2.shape[1])),
+        x.new_empty((x.shape[0] * world_size, x.shape[1])),
+    ),
+    _of_ranks,
+)
+define(
+    "reduce_scatter_tensor_uneven(Tensor input_tensor, SymInt[] send_counts, SymInt recv_count, str reduce_type, "
+    "str tag, int[] rank_list, int group_size, SymInt[] send_displacements) -> Tensor",
+    lambda x, send_counts, recv_count, *_: x.new_empty((recv_count, *x.shape[1:])),
+    _of_ranks,
+    namespace="npu_define",
+)
+define(
+    "allgather_in_tensor_uneven(Tensor input_tensor, SymInt send_count, SymInt[] recv_counts, str tag, "
+    "int[] rank_list, int group_size, SymInt[] recv_displacements) -> Tensor",
+    lambda x, send_count, recv_counts, *_: x.new_empty((sum(recv_counts), *x.shape[1:])),
+    _of_ranks,
+    namespace="npu_define",
 )

@@ -14,7 +14,8 @@ from simulate import real_inputs
 from cpcompile.axes import Axis
 from cpcompile.capture import Trace, capture
 from cpcompile.passes.lockstep import RankProgram, run_lockstep
-from cpcompile.passes.module_parallel import SharedModule, idle_graph, share_modules
+from cpcompile.passes.module_cuts import SharedModule
+from cpcompile.passes.module_parallel import idle_graph, share_modules
 from cpcompile.passes.module_roles import ROLES, find_modules
 from cpcompile.passes.weight_cuts import cut_tensor
 

@@ -69,7 +69,9 @@ def test_a_rewritten_graph_and_what_was_left_alone_are_told(caplog: pytest.LogCa
         run(Layer(mesh, 0, 4), ids_of(5), strategy="off", axes={"tp": mesh})
     assert told(caplog) == [
         "INFO cpcompile: T >= 0: 2 gather, 2 scatter",
+        "INFO cpcompile: T >= 0, rank 0 of 4 of axis 0: 2 of 2 all-reduces rewritten",
         "INFO cpcompile: T >= 0: 2 keep",
+        "INFO cpcompile: T >= 0, rank 0 of 4 of axis tp: 0 of 2 all-reduces rewritten",
         "WARNING cpcompile: axis tp is left alone: strategy='off'",
     ]
 

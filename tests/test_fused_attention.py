@@ -277,7 +277,7 @@ def test_more_than_the_first_result_is_kept() -> None:
 def test_the_tables_are_of_the_ops_as_they_are() -> None:
     """Names of arguments from the schemas; both tables know the same ops; dropout alone draws."""
     for name, known in FUSED.items():
-        target = getattr(aten, name.removeprefix("aten.")).default
+        target = getattr(aten, name.removeprefix("aten::")).default
         arguments = {a.name for a in target._schema.arguments}
         assert {"query", "key", "value", "dropout_p", "is_causal"} <= arguments
         assert not known.mask or known.mask in arguments
@@ -389,7 +389,7 @@ def test_unknown_attention_is_left_whole_and_named() -> None:
         for tokens in (1, 2, 3, 5, 17):
             for (found,) in ranks.run(graphs, ids_of(tokens)):
                 close(found, Layers()(ids_of(tokens)), tokens)
-    reason = "cpcompile_test.attention is not in the table of token-wise ops"
+    reason = "cpcompile_test::attention is not in the table of token-wise ops"
     known = compiled[0].variants[0].steps[0].graph.known
     assert reason in {getattr(outcome, "reason", "") for outcome in known.classes.values()}
     rows = compiled[0].report(1 << 16).collectives

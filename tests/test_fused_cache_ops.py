@@ -111,7 +111,7 @@ def test_the_op_has_every_row_and_attention_a_ranks_own(layer: type[Layer]) -> N
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_report_names_the_op(layer: type[Layer]) -> None:
     collectives = real_sizes(layer).compiled[0].report(TOKENS).collectives
-    reason = f"npu.{LAYERS[layer]} is not in the table of token-wise ops"
+    reason = f"npu::{LAYERS[layer]} is not in the table of token-wise ops"
     named = [row for row in collectives if reason in row.reason]
     assert len(named) == (REAL.layers if LAYERS[layer] == KEYS else REAL.layers - 1)
     assert all(row.becomes == "all_gather" for row in named)

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import npu_fused_ops
 import npu_ops
 import pytest
 import torch
-from ge_build import one_op, run_op
+from ge_build import run_op
 from torch import Tensor
 
-from cpcompile.lowering.ge import GeError, GeProgram, interpret
+from cpcompile.lowering.ge import GeError
 from cpcompile.paged_ops import paged_lightning_indexer, paged_sparse_attention
 
-COVERED = {
-    "LightningIndexer", "SparseFlashAttention", "FusedInferAttentionScore", "KvRmsNormRopeCache", "MlaPrologV3",
-}  # fmt: skip
+COVERED = {"LightningIndexer", "SparseFlashAttention"}
 
 HEADS, WIDTH, ROPE, SIZE, BLOCKS = 3, 8, 4, 4, 9
 QUERY_ENDS, KEY_LENGTHS = (
     [5, 5, 8],
-    [9, 3, 3],
+    [9, 4, 3],
 )  # a request whose rows follow a prefix, one without rows, one without a prefix
 SCALE = 0.3
 
@@ -38,7 +35,8 @@ ROWS = QUERY_ENDS[-1]
 QUERY, QUERY_ROPE = rand(ROWS, HEADS, WIDTH), rand(ROWS, HEADS, ROPE)
 CACHE, ROPES = rand(BLOCKS, SIZE, 1, WIDTH, seed=3), rand(BLOCKS, SIZE, 1, ROPE, seed=3)
 WEIGHTS = rand(ROWS, HEADS, seed=5)
-TABLE = torch.tensor([[7, 2, 5], [1, 0, 0], [4, 8, 0]], dtype=torch.int32)
+# Behind a request's blocks is anything: the indices of no block, too.
+TABLE = torch.tensor([[7, 2, 5], [1, -1, BLOCKS], [4, -1, BLOCKS]], dtype=torch.int32)
 
 
 def request_of(row: int) -> int:
@@ -68,6 +66,7 @@ def indexed(count: int, **attrs: Any) -> Tensor:
         "actual_seq_lengths_key": i32(*KEY_LENGTHS), "block_table": TABLE,
     }  # fmt: skip
     layouts = {"layout_query": "TND", "layout_key": "PA_BSND", "sparse_count": count}
+    inputs |= attrs.pop("inputs", {})
     return run_op("LightningIndexer", inputs, 2, **{**layouts, **attrs})[0]
 
 
@@ -83,7 +82,7 @@ def test_the_indexer_takes_the_best_keys_that_a_row_sees(count: int, causal: boo
 
 
 def test_the_indexer_takes_the_first_of_equal_keys() -> None:
-    inputs = {"query": torch.ones(1, 1, 2, 4), "key": torch.ones(1, 6, 1, 4), "weights": torch.ones(1, 1, 2)}
+    inputs = {"query": torch.ones(1, 1, 2, 4), "key": torch.ones(1, 99, 1, 4), "weights": torch.ones(1, 1, 2)}
     assert run_op("LightningIndexer", inputs, 2, sparse_count=4)[0].flatten().tolist() == [0, 1, 2, 3]
 
 
@@ -96,6 +95,66 @@ def test_the_indexer_reads_batches_of_whole_sequences() -> None:
             scores = torch.stack([(query[b, s] @ key[b, k, 0]).clamp(min=0) @ weights[b, s] for k in range(s + 1)])
             best = scores.argsort(descending=True)[:3].tolist()
             assert found[b, s, 0].tolist() == best + [-1] * (3 - len(best))
+
+
+BATCHES = rand(2, 5, HEADS, WIDTH), rand(2, 6, 1, WIDTH, seed=1), rand(2, 5, HEADS, seed=2)
+
+
+def flattened(batched: Tensor, lengths: list[int]) -> Tensor:
+    """``TND`` of ``BSND``."""
+    return torch.cat([rows[:length] for rows, length in zip(batched, lengths, strict=True)])
+
+
+def test_lengths_leave_out_rows_and_keys_of_batches() -> None:
+    """And the same requests as rows one behind another, whose lengths are ends, give the same."""
+    rows, keys = [3, 5], [4, 5]
+    query, key, weights = BATCHES
+    lengths = {"actual_seq_lengths_query": i32(*rows), "actual_seq_lengths_key": i32(*keys)}
+    whole = {"query": query, "key": key, "weights": weights}
+    found = run_op("LightningIndexer", {**whole, **lengths}, 2, sparse_count=3)[0]
+    for b in range(2):
+        for s in range(rows[b]):
+            seen = keys[b] - rows[b] + s + 1
+            scores = torch.stack([(query[b, s] @ key[b, k, 0]).clamp(min=0) @ weights[b, s] for k in range(seen)])
+            best = scores.argsort(descending=True)[:3].tolist()
+            assert found[b, s, 0].tolist() == best + [-1] * (3 - len(best))
+    flat = {
+        "query": flattened(query, rows), "key": flattened(key, keys), "weights": flattened(weights, rows),
+        "actual_seq_lengths_query": i32(3, 8), "actual_seq_lengths_key": i32(4, 9),
+    }  # fmt: skip
+    again = run_op("LightningIndexer", flat, 2, sparse_count=3, layout_query="TND", layout_key="TND")[0]
+    assert torch.equal(again, flattened(found, rows))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_sparse_attention_reads_batches_and_rows_one_behind_another(causal: bool) -> None:
+    rows, keys, mode = [3, 5], [4, 5], 3 if causal else 0
+    query, key, _ = BATCHES
+    rope, key_rope, value = rand(2, 5, HEADS, ROPE), rand(2, 6, 1, ROPE, seed=1), rand(2, 6, 1, WIDTH, seed=9)
+    indices = torch.stack([INDICES[:5], INDICES[3:]])[:, :, None].int()
+    whole = {"query": query, "key": key, "value": value, "query_rope": rope, "key_rope": key_rope}
+    lengths = {"actual_seq_lengths_query": i32(*rows), "actual_seq_lengths_kv": i32(*keys)}
+    attrs = {"scale_value": SCALE, "attention_mode": 2, "sparse_mode": mode}
+    found = run_op("SparseFlashAttention", {**whole, "sparse_indices": indices, **lengths}, 3, **attrs)[0]
+    for b in range(2):
+        assert found[b, rows[b] :].isnan().all()  # undefined: whatever reads it shows
+        for s in range(rows[b]):
+            seen = keys[b] - rows[b] + s + 1 if causal else keys[b]
+            places = sorted({k for k in indices[b, s, 0].tolist() if 0 <= k < seen})
+            scores = query[b, s] @ key[b, places, 0].T + rope[b, s] @ key_rope[b, places, 0].T
+            expected = (SCALE * scores).softmax(-1) @ value[b, places, 0] if places else torch.zeros(HEADS, WIDTH)
+            torch.testing.assert_close(found[b, s], expected, rtol=1e-5, atol=1e-5)
+    flat = {name: flattened(part, rows if "query" in name else keys) for name, part in whole.items()}
+    flat |= {"sparse_indices": flattened(indices, rows), "actual_seq_lengths_query": i32(3, 8)}
+    layouts = {"layout_query": "TND", "layout_kv": "TND"}
+    inputs = {**flat, "actual_seq_lengths_kv": i32(4, 9)}
+    again = run_op("SparseFlashAttention", inputs, 3, **attrs, **layouts)[0]
+    torch.testing.assert_close(again, flattened(found, rows))
+
+
+def test_a_row_whose_indices_name_no_key_is_zero() -> None:
+    found = attended(indices=torch.full((ROWS, 2), -1))
+    assert found.shape == (ROWS, HEADS, WIDTH) and not found.any()
 
 
 def test_the_indexer_is_the_paged_op_of_one_request_a_row() -> None:
@@ -115,6 +174,7 @@ def attended(op_type: str = "SparseFlashAttention", indices: Tensor = INDICES, *
         "query_rope": QUERY_ROPE, "key_rope": ROPES,
     }  # fmt: skip
     said = {"scale_value": SCALE, "layout_query": "TND", "layout_kv": "PA_BSND", "attention_mode": 2}
+    inputs |= attrs.pop("inputs", {})
     return run_op(op_type, inputs, 3, **{**said, **attrs})[0]
 
 
@@ -142,50 +202,12 @@ def test_sparse_attention_is_dense_attention_over_the_keys_that_are_named_and_se
         torch.testing.assert_close(found[row], dense(row, places), rtol=1e-5, atol=1e-5)
 
 
-def test_sparse_attention_over_all_keys_is_the_fused_dense_one() -> None:
-    every = torch.arange(max(KEY_LENGTHS)).expand(ROWS, -1)
-    torch.testing.assert_close(attended(indices=every), fused(), rtol=1e-5, atol=1e-5)
-
-
 def test_sparse_attention_is_the_paged_op_of_one_request_a_row() -> None:
     lengths = i32(*(keys_seen(row, True) for row in range(ROWS)))
     table = torch.stack([TABLE[request_of(row)] for row in range(ROWS)])
     indices = INDICES[:, None].int()
     expected = paged_sparse_attention(QUERY, CACHE, indices, QUERY_ROPE, ROPES, lengths, table, SCALE)
     torch.testing.assert_close(attended(), expected, rtol=1e-5, atol=1e-5)
-
-
-def fused(**attrs: Any) -> Tensor:
-    masked = attrs.get("sparse_mode", 3) == 3
-    inputs = {
-        "query": QUERY, "key": [CACHE.transpose(1, 2).contiguous()], "value": [CACHE.transpose(1, 2).contiguous()],
-        "atten_mask": torch.ones(2048, 2048, dtype=torch.bool).triu(1) if masked else None,
-        "actual_seq_lengths": torch.tensor(QUERY_ENDS), "actual_seq_lengths_kv": torch.tensor(KEY_LENGTHS),
-        "block_table": TABLE, "query_rope": QUERY_ROPE, "key_rope": ROPES.transpose(1, 2).contiguous(),
-    }  # fmt: skip
-    said = {"num_heads": HEADS, "num_key_value_heads": 1, "input_layout": "TND", "block_size": SIZE, "scale": SCALE}
-    return run_op("FusedInferAttentionScore", inputs, 2, **{**said, "sparse_mode": 3, **attrs})[0]
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_fused_attention_reads_every_key_that_a_row_sees(causal: bool) -> None:
-    found = fused(sparse_mode=3 if causal else 0)
-    for row in range(ROWS):
-        expected = dense(row, list(range(keys_seen(row, causal))))
-        torch.testing.assert_close(found[row], expected, rtol=1e-5, atol=1e-5)
-
-
-def test_heads_of_queries_share_heads_of_keys_in_groups() -> None:
-    query, keys, values = rand(2, 4, 6), rand(1, 2, 4, 6, seed=1), rand(1, 2, 4, 5, seed=2)
-    inputs = {
-        "query": query, "key": [keys], "value": [values], "actual_seq_lengths": torch.tensor([2]),
-        "actual_seq_lengths_kv": torch.tensor([3]), "block_table": i32(0)[None],
-    }  # fmt: skip
-    said = {"num_heads": 4, "num_key_value_heads": 2, "input_layout": "TND", "block_size": 4}
-    found = run_op("FusedInferAttentionScore", inputs, 2, **said)[0]
-    for h in range(4):
-        weights = (query[:, h] @ keys[0, h // 2, :3].T).softmax(-1)
-        torch.testing.assert_close(found[:, h], weights @ values[0, h // 2, :3], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -195,8 +217,22 @@ def test_heads_of_queries_share_heads_of_keys_in_groups() -> None:
         (lambda: indexed(4, return_values=True), "attribute 'return_values': expected False, found True"),
         (lambda: indexed(4, layout_key="BSND"), "expected a block_table for paged keys, and for those alone"),
         (lambda: attended(attention_mode=0), "attribute 'attention_mode': expected 2, found 0"),
-        (lambda: fused(input_layout="BSND"), "attribute 'input_layout': expected 'TND', found 'BSND'"),
-        (lambda: fused(block_size=128), "attribute 'block_size': expected 4, found 128"),
+        (lambda: attended(return_softmax_lse=True), "attribute 'return_softmax_lse': expected False, found True"),
+        (lambda: attended(inputs={"sinks": torch.ones(HEADS)}), "input 'sinks' is not part of the reference"),
+        (lambda: attended(inputs={"query_rope": None}), "expected query_rope and key_rope in attention mode 2"),
+        (lambda: attended(indices=INDICES[:1]), r"indices: found \[1, 1, 6\]"),
+        (lambda: attended(inputs={"actual_seq_lengths_kv": i32(9, -1, 3)}), "key lengths that are not negative"),
+        (lambda: attended(inputs={"actual_seq_lengths_kv": i32(9, 5, 3)}), "block_table names blocks beyond 9"),
+        (lambda: attended(inputs={"actual_seq_lengths_kv": i32(9, 3)}), "expected a key length for each of 3 requests"),
+        (lambda: attended(inputs={"actual_seq_lengths_query": i32(5, 3, 8)}), r"expected ends of 8 rows, found \[5, 3"),
+        (lambda: attended(inputs={"actual_seq_lengths_query": i32(5, 5, 7)}), r"expected ends of 8 rows, found \[5, 5"),
+        (lambda: attended(inputs={"actual_seq_lengths_query": None}), "expected actual_seq_lengths_query, found none"),
+        (lambda: attended(inputs={"key": CACHE.repeat(1, 1, 2, 1)}), "keys: expected one head, found"),
+        (lambda: attended(inputs={"key": CACHE[..., 0, :]}), "keys: expected PA_BSND, found"),
+        (lambda: attended(layout_query="BNSD"), "layout of queries: expected TND or BSND, found 'BNSD'"),
+        (lambda: attended(layout_kv="PA_NZ"), "layout of keys: expected PA_BSND, TND or BSND, found 'PA_NZ'"),
+        (lambda: indexed(4, inputs={"weights": WEIGHTS[:, :1]}), r"weights: expected \[8, 3\], found \[8, 1\]"),
+        (lambda: indexed(4, inputs={"weights": WEIGHTS.half(), "key": CACHE.half()}), "input 'key': expected float32"),
     ],
 )
 def test_modes_that_the_reference_does_not_have_are_errors(call: Any, message: str) -> None:
@@ -213,51 +249,10 @@ def test_a_block_beyond_the_cache_is_an_error() -> None:
         run_op("LightningIndexer", inputs, 2, layout_query="TND", layout_key="PA_BSND")
 
 
-# ---- ops that write caches -----------------------------------------------------------------------------------------
-
-
-def run_writing(
-    op_type: str, inputs: dict[str, Tensor], outputs: int, **attrs: Any
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Results, and the inputs afterwards."""
-    graph, values = one_op(op_type, {name: value.clone() for name, value in inputs.items()}, outputs, **attrs)
-    return interpret([GeProgram(graph, values)])[0], values
-
-
-def test_keys_are_normed_rotated_and_written_to_the_caches() -> None:
-    rows, index = 5, torch.tensor([6, 0, 9, 3, 1])
-    inputs = {
-        "kv": rand(rows, 1, 1, WIDTH + ROPE), "gamma": rand(WIDTH), "cos": rand(rows, 1, 1, ROPE, seed=1),
-        "sin": rand(rows, 1, 1, ROPE, seed=2), "index": index, "k_cache": ROPES, "ckv_cache": CACHE,
-    }  # fmt: skip
-    rope, latent, k_cache, ckv_cache = npu_fused_ops._keys(**inputs, cache_mode="PA", is_output_kv=True)
-    found, values = run_writing("KvRmsNormRopeCache", inputs, 4, cache_mode="PA", is_output_kv=True)
-    for ours, theirs in zip(found, (k_cache, ckv_cache, rope, latent), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert torch.equal(values[5], found[0]) and torch.equal(values[6], found[1])
-
-
-def test_the_prolog_computes_queries_and_writes_keys() -> None:
-    tokens, hidden, low, nope = 5, 6, 7, 3
-    inputs = {
-        "token_x": rand(tokens, hidden), "weight_dq": rand(hidden, low),
-        "weight_uq_qr": rand(low, HEADS * (nope + ROPE)), "weight_uk": rand(HEADS, nope, WIDTH),
-        "weight_dkv_kr": rand(hidden, WIDTH + ROPE), "rmsnorm_gamma_cq": rand(low),
-        "rmsnorm_gamma_ckv": rand(WIDTH), "rope_sin": rand(tokens, ROPE, seed=1), "rope_cos": rand(tokens, ROPE),
-        "kv_cache": CACHE, "kr_cache": ROPES, "cache_index": torch.tensor([6, 0, 9, 3, 1]),
-    }  # fmt: skip
-    *expected, kv_cache, kr_cache = npu_fused_ops._prolog(**inputs, query_norm_flag=True)
-    found, values = run_writing("MlaPrologV3", inputs, 7, query_norm_flag=True)
-    wanted = [expected[0], expected[1], kv_cache, kr_cache, expected[2], expected[3], expected[4]]
-    for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert torch.equal(values[9], kv_cache) or torch.allclose(values[9], kv_cache, atol=1e-5)
-
-
 def test_the_stand_ins_of_the_other_tests_agree() -> None:
     """Written apart from these: the same numbers from both."""
     out, _ = npu_ops._indexer(
         QUERY, CACHE, WEIGHTS, actual_seq_lengths_query=i32(*QUERY_ENDS), actual_seq_lengths_key=i32(*KEY_LENGTHS),
-        block_table=TABLE, layout_query="TND", layout_key="PA_BSND", sparse_count=4,
+        block_table=TABLE.clamp(0, BLOCKS - 1), layout_query="TND", layout_key="PA_BSND", sparse_count=4,
     )  # fmt: skip
     assert torch.equal(out, indexed(4))

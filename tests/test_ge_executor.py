@@ -90,13 +90,64 @@ def test_an_op_writes_an_input_in_place_and_leaves_what_others_see(op_type: str 
     assert torch.equal(x, found if written else X)
 
 
-def test_an_op_that_writes_what_another_wrote_writes_the_input() -> None:
-    again = node("again", "ScatterUpdate", {"var": "write", "indices": "places", "updates": "rows"})
-    made = updated(source="x")
-    made.ops[-1:] = [again, output(["again"])]
+@pytest.mark.parametrize("moved", [False, True])
+def test_an_op_that_writes_what_another_wrote_writes_the_same_memory(moved: bool) -> None:
+    """Of the input, or of what was moved from it: a third op reads both writes through the first's name."""
+    between = [node("moved", "TensorMove", {"x": "x"})] if moved else []
+    one_more = [data("others", 3, torch.tensor([0]))]
+    made = updated(*between, *one_more, source="moved" if moved else "x")
+    again = node("again", "ScatterUpdate", {"var": "write", "indices": "others", "updates": "rows"})
+    seen = node("seen", "Identity", {"x": "write"})
+    seen.after.append("again")
+    made.ops[-1:] = [again, seen, output(["seen"])]
     x = X.clone()
-    (found,) = interpret([GeProgram(made, [x, torch.tensor([0]), -X[1:]])])[0]
-    assert found is x or torch.equal(found, x)
+    (found,) = interpret([GeProgram(made, [x, torch.tensor([1]), -X[:1], torch.tensor([0])])])[0]
+    assert torch.equal(found, torch.stack([-X[0], -X[0]]))
+    assert torch.equal(x, X if moved else found)
+
+
+def test_an_op_that_writes_what_was_moved_writes_what_else_was_made_of_it() -> None:
+    made = updated(node("moved", "TensorMove", {"x": "x"}), source="moved")
+    seen = node("seen", "Identity", {"x": "moved"})
+    seen.after.append("write")
+    made.ops[-1:] = [seen, output(["seen"])]
+    (found,) = interpret([GeProgram(made, [X, torch.tensor([1]), -X[:1]])])[0]
+    assert torch.equal(found, torch.stack([X[0], -X[0]]))
+
+
+@pytest.mark.parametrize("op_type", ["Const", "Constant", "FileConstant"])
+def test_a_constant_without_data_is_an_error(op_type: str) -> None:
+    made = updated(GeOp("w", op_type, output_descs=[TensorDesc("y", X.dtype)]), source="x")
+    with pytest.raises(GeError, match=rf"op 'w' \({op_type}\): expected a constant's data, found none"):
+        interpret([GeProgram(made, [X.clone(), torch.tensor([1]), -X[:1]])])
+
+
+def gathered(group: str) -> GeGraph:
+    gather = node("rows", "HcomAllGather", {"x": "x"}, rank_size=2, group=group)
+    return graph(data("x", 0, X), gather, output(["rows"]))
+
+
+@pytest.mark.parametrize("group", ["a", "tag=;rank_list=1,0"])
+def test_the_order_of_a_groups_ranks_is_the_groups_own(group: str) -> None:
+    for (found,) in run([gathered(group)] * 2, {"a": (1, 0)}):
+        assert torch.equal(found, torch.cat([X + 1, X]))
+
+
+def test_a_group_has_its_own_size() -> None:
+    exchange = node("rows", "HcomAllToAll", {"x": "x"}, group="rank_list=0,2")
+    others = node("rows", "HcomAllToAll", {"x": "x"}, group="rank_list=1")
+    graphs = [graph(data("x", 0, X), op, output(["rows"])) for op in (exchange, others, exchange)]
+    found = [outputs[0] for outputs in interpret([GeProgram(g, [X + r]) for r, g in enumerate(graphs)])]
+    assert torch.equal(found[0], torch.stack([X[0], X[0] + 2])) and torch.equal(found[1], X + 1)
+    assert torch.equal(found[2], torch.stack([X[1], X[1] + 2]))
+
+
+def test_inputs_are_in_the_order_of_their_indices_and_may_be_references() -> None:
+    first, second = data("a", 1, X), data("b", 0, X)
+    second.type = "RefData"
+    made = graph(first, second, node("y", "Sub", {"x1": "a", "x2": "b"}), output(["y"]))
+    assert [op.name for op in made.inputs] == ["b", "a"]
+    assert torch.equal(interpret([GeProgram(made, [X, 3 * X])])[0][0], 2 * X)
 
 
 def test_an_op_never_writes_a_constant() -> None:

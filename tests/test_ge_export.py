@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from ascend_process import AscendProcess
-from ge_layers import exported_by_backend, lowered, served, specialised
+from ge_layers import exported_by_backend, lowered, served, shared_o_proj, specialised
 
 from cpcompile.errors import AscendError, OptionError
 from cpcompile.options import Options
@@ -78,6 +78,17 @@ def test_matmuls_take_their_collectives_along(ascend: AscendProcess) -> None:
     rows = [(c["op"], c["group"], c["ranks"]) for c in found["collectives"] if c["op"].startswith("Matmul")]
     assert rows == [("MatmulReduceScatter", PAIR.strip(), [0, 1])] * 3
     assert all(c["sends"] and c["group"] for c in found["collectives"])
+
+
+def test_an_o_proj_that_four_ranks_share(ascend: AscendProcess) -> None:
+    """Rows of each rank's heads go to all ranks, and come back summed; nothing else talks."""
+    found = ascend(shared_o_proj)
+    assert ops(found, FOUR) == sequence(
+        "RmsNorm, MatMul, RmsNorm, 2 MatMul, RmsNorm, MatMul, SoftmaxV2",
+        "HcomAllToAllV, MatMul, HcomReduceScatter, AddRmsNorm, MatMul, Swish, 2 MatMul, AddRmsNorm, MatMul",
+    )
+    assert [row["ranks"] for row in found["collectives"]] == [[0, 1, 2, 3]] * 2
+    assert not found["unsupported"]
 
 
 MLA = (

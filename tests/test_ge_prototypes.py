@@ -1,16 +1,18 @@
-"""The interpreter's signatures against the prototypes that torchair repeats from CANN, where torchair is on disk."""
+"""The interpreter's signatures against the prototypes that torchair repeats from CANN: its files are read."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
 import re
+import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ascend_process import missing, torch_npu_folder
 
 from cpcompile.lowering.ge.dtypes import NAMES
 from cpcompile.lowering.ge.executor import op_types
@@ -28,15 +30,22 @@ RENAMED = {("MoeFinalizeRoutingV2", "K"): "k"}
 
 
 @functools.cache
+def torchair() -> Path:
+    """Where torchair lies, on the path or in the folder of the ``ascend`` fixture."""
+    if why := missing():
+        pytest.fail(why, pytrace=False)
+    found = PathFinder.find_spec("torch_npu", [*sys.path, *torch_npu_folder()])
+    assert found is not None and found.submodule_search_locations is not None
+    return Path(next(iter(found.submodule_search_locations))) / "dynamo/torchair"
+
+
+@functools.cache
 def prototypes() -> dict[str, str]:
-    found = importlib.util.find_spec("torch_npu")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("torch_npu is not installed: its prototypes cannot be compared")
-    folder = Path(next(iter(found.submodule_search_locations))) / "dynamo/torchair/_ge_concrete_graph"
+    folder = torchair() / "_ge_concrete_graph"
     files = [
         folder / "auto_generated_ge_raw_ops.py",
         folder / "dynamic_output_ops.py",
-        folder.parent / "ge/_ge_graph.py",
+        torchair() / "ge/_ge_graph.py",
     ]
     text = "".join(file.read_text() for file in files)
     return {m[1]: m[2].replace("\\n", "") for m in re.finditer(r"REG_OP\((\w+)\)(.*?)\"\"\"", text, re.S)}
@@ -86,12 +95,8 @@ def number(value: Any, like: Any) -> Any:
 
 
 def test_dtypes_are_numbered_as_torchair_numbers_them() -> None:
-    found = importlib.util.find_spec("torch_npu")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("torch_npu is not installed: its numbers cannot be compared")
-    folder = Path(next(iter(found.submodule_search_locations))) / "dynamo/torchair"
-    attributes = (folder / "ge/_ge_graph.py").read_text()
-    descriptors = (folder / "_ge_concrete_graph/ge_ir_by_protoc_3_19_pb2.py").read_text()
+    attributes = (torchair() / "ge/_ge_graph.py").read_text()
+    descriptors = (torchair() / "_ge_concrete_graph/ge_ir_by_protoc_3_19_pb2.py").read_text()
     for name, (attribute, descriptor, _) in NAMES.items():
         assert re.search(rf"^    {name} = (\d+)", attributes, re.M)[1] == str(attribute)
         assert re.search(rf"^{name} = (\d+)", descriptors, re.M)[1] == str(descriptor)

@@ -18,7 +18,7 @@ from cpcompile.passes.collectives import NATIVE
 from cpcompile.passes.layer_sharding import idle_layers, shard_layers
 from cpcompile.passes.lockstep import LockstepError, RankProgram, run_lockstep
 from cpcompile.passes.verify_layer_sharding import prove_idle_layers, prove_layer_sharding
-from cpcompile.passes.verify_static import Proof
+from cpcompile.passes.verify_proof import Proof
 from cpcompile.pipeline import copy_graph
 
 aten = torch.ops.aten

@@ -11,7 +11,8 @@ from small_modules import VOCAB, small, trace_of_small
 
 from cpcompile.capture import capture
 from cpcompile.passes.lockstep import RankProgram, run_lockstep
-from cpcompile.passes.module_parallel import cuts_of, share_modules
+from cpcompile.passes.module_cuts import cuts_of
+from cpcompile.passes.module_parallel import share_modules
 from cpcompile.passes.weight_cuts import CutRefused, cut_tensor
 
 TOLERANCE = 2e-5

@@ -82,6 +82,7 @@ def test_wheel_works_from_another_directory(wheel: Path, tmp_path: Path) -> None
     assert printed.splitlines() == [
         "console_scripts cpcompile cpcompile.cli:app",
         "torch_dynamo_backends cpcompile cpcompile.backend:cpcompile_backend",
+        "vllm.general_plugins cpcompile cpcompile.serving.vllm_plugin:register",
     ]
 
 

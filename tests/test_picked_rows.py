@@ -31,7 +31,8 @@ from cpcompile.passes.picked_rows import Picks
 from cpcompile.passes.place import place
 from cpcompile.passes.token_layout import size_expr
 from cpcompile.passes.verify_numeric import check_numerically
-from cpcompile.passes.verify_static import Proof, prove
+from cpcompile.passes.verify_proof import Proof
+from cpcompile.passes.verify_static import prove
 from cpcompile.pipeline import copy_graph
 
 TOLERANCE = 2e-5

@@ -14,6 +14,7 @@ import sympy
 import torch
 import torch.distributed as dist
 import torch.fx as fx
+import vllm_ops  # noqa: F401  defines the ops
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -21,8 +22,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from cpcompile.passes.collectives import op_name
 from cpcompile.passes.lockstep import RankProgram, run_lockstep
-from cpcompile.passes.op_call import UNUSED, Mixing, RowWise, op_name
+from cpcompile.passes.op_call import UNUSED, Mixing, RowWise
 from cpcompile.passes.placement_rules import RULES, classify, find_rule
 from cpcompile.passes.token_layout import TokenDim
 
@@ -145,57 +147,57 @@ def along(target: OpOverload, *tail: object) -> list[Op]:
 
 
 CASES: dict[str, list[Op]] = {
-    "aten.view": [*views(A.view.default), op("", A.view.dtype, f(*SHAPE), torch.int64)],
-    "aten._unsafe_view": views(A._unsafe_view.default),
-    "aten.reshape": views(A.reshape.default),
-    "aten.expand": [
+    "aten::view": [*views(A.view.default), op("", A.view.dtype, f(*SHAPE), torch.int64)],
+    "aten::_unsafe_view": views(A._unsafe_view.default),
+    "aten::reshape": views(A.reshape.default),
+    "aten::expand": [
         op("02", A.expand.default, f(6, 1, 8), [6, 4, 8]),
         op("01", A.expand.default, f(6, 8), [4, 6, 8]),
         op("02", A.expand.default, f(6, 1, 8), [-1, 4, -1]),
     ],
-    "aten.permute": [
+    "aten::permute": [
         op("012", A.permute.default, f(*SHAPE), [2, 0, 1]),
         op("012", A.permute.default, f(*SHAPE), [-1, 0, -2]),
     ],
-    "aten.transpose": [op("012", A.transpose.int, f(*SHAPE), 0, 1), op("012", A.transpose.int, f(*SHAPE), -1, 1)],
-    "aten.t": [op("01", A.t.default, f(6, 8)), op("0", A.t.default, f(6))],
-    "aten.unsqueeze": [op("01", A.unsqueeze.default, f(6, 8), d) for d in (0, 1, 2, -1, -2, -3)],
-    "aten.squeeze": [
+    "aten::transpose": [op("012", A.transpose.int, f(*SHAPE), 0, 1), op("012", A.transpose.int, f(*SHAPE), -1, 1)],
+    "aten::t": [op("01", A.t.default, f(6, 8)), op("0", A.t.default, f(6))],
+    "aten::unsqueeze": [op("01", A.unsqueeze.default, f(6, 8), d) for d in (0, 1, 2, -1, -2, -3)],
+    "aten::squeeze": [
         op("02", A.squeeze.dim, f(6, 1, 8), 1),
         op("13", A.squeeze.dims, f(1, 6, 1, 8), [0, -2]),
         op("2", A.squeeze.dims, f(1, 6, 8), [0, 1]),  # dim 1 of a one-row shard would vanish, too
         op("", A.squeeze.default, f(1, 6, 8)),
     ],
-    "aten.select": [
+    "aten::select": [
         op("12", A.select.int, f(*SHAPE), 0, 1),
         op("02", A.select.int, f(*SHAPE), 1, -1),
         op("01", A.select.int, f(*SHAPE), -1, 0),
     ],
-    "aten.slice": [
+    "aten::slice": [
         op("012", A.slice.Tensor, f(*SHAPE), 0, 0, 6),
         op("02", A.slice.Tensor, f(*SHAPE), 1, 1, 3),
         op("12", A.slice.Tensor, f(*SHAPE), 0, 1, 6),
         op("01", A.slice.Tensor, f(*SHAPE), -1, 0, 8, 2),
         op("012", A.slice.Tensor, f(*SHAPE)),
     ],
-    "aten.split": [op("12", A.split.Tensor, f(*SHAPE), 4), op("01", A.split.Tensor, f(*SHAPE), 4, -1)],
-    "aten.split_with_sizes": [
+    "aten::split": [op("12", A.split.Tensor, f(*SHAPE), 4), op("01", A.split.Tensor, f(*SHAPE), 4, -1)],
+    "aten::split_with_sizes": [
         op("12", A.split_with_sizes.default, f(*SHAPE), [2, 4]),
         op("01", A.split_with_sizes.default, f(*SHAPE), [3, 5], -1),
     ],
-    "aten.chunk": [op("12", A.chunk.default, f(*SHAPE), 2), op("01", A.chunk.default, f(*SHAPE), 2, 2)],
-    "aten.cat": [
+    "aten::chunk": [op("12", A.chunk.default, f(*SHAPE), 2), op("01", A.chunk.default, f(*SHAPE), 2, 2)],
+    "aten::cat": [
         op("12", A.cat.default, [f(*SHAPE), f(2, 4, 8)]),
         op("01", A.cat.default, [f(*SHAPE), f(6, 4, 4), f(6, 4, 2)], -1),
         op("02", A.cat.default, [SAME, SAME], 1),
         op("", A.cat.default, [f(4, 6), f(0)], 0),  # a legacy empty operand of another rank
     ],
-    "aten.slice_scatter": [
+    "aten::slice_scatter": [
         op("12", A.slice_scatter.default, f(*SHAPE), f(2, 4, 8), 0, 1, 3),
         op("12", A.slice_scatter.default, f(*SHAPE), f(*SHAPE)),
         op("01", A.slice_scatter.default, f(*SHAPE), f(6, 4, 2), -1, 6, 8),
     ],
-    "aten.sum": [
+    "aten::sum": [
         op("02", A.sum.dim_IntList, f(*SHAPE), [1]),
         op("0", A.sum.dim_IntList, f(*SHAPE), [1, -1], True),
         op("2", A.sum.dim_IntList, f(*SHAPE), [0, 1]),
@@ -203,91 +205,91 @@ CASES: dict[str, list[Op]] = {
         op("", A.sum.dim_IntList, f(*SHAPE), []),
         op("", A.sum.dim_IntList, f(*SHAPE), None),
     ],
-    "aten.mean": [
+    "aten::mean": [
         op("02", A.mean.dim, f(*SHAPE), [1]),
         op("01", A.mean.dim, f(*SHAPE), [-1], True),
         op("", A.mean.default, f(*SHAPE)),
     ],
-    "aten.amax": [
+    "aten::amax": [
         op("02", A.amax.default, f(*SHAPE), [1]),
         op("01", A.amax.default, f(*SHAPE), [-1], True),
         op("", A.amax.default, f(*SHAPE)),
     ],
-    "aten.amin": [op("02", A.amin.default, f(*SHAPE), [1]), op("01", A.amin.default, f(*SHAPE), [-1], True)],
-    "aten.any": [
+    "aten::amin": [op("02", A.amin.default, f(*SHAPE), [1]), op("01", A.amin.default, f(*SHAPE), [-1], True)],
+    "aten::any": [
         *reductions(A.any.dim, b(*SHAPE)),
         op("0", A.any.dims, b(*SHAPE), [1, 2]),
         op("", A.any.default, b(*SHAPE)),
         op("", A.any.dims, b(*SHAPE), None),
     ],
-    "aten.all": [*reductions(A.all.dim, b(*SHAPE)), op("", A.all.default, b(*SHAPE))],
-    "aten.prod": [*reductions(A.prod.dim_int, f(*SHAPE)), op("", A.prod.default, f(*SHAPE))],
-    "aten.argmax": [*reductions(A.argmax.default, f(*SHAPE)), op("", A.argmax.default, f(*SHAPE))],
-    "aten.argmin": [*reductions(A.argmin.default, f(*SHAPE)), op("", A.argmin.default, f(*SHAPE), None, True)],
-    "aten._softmax": along(A._softmax.default, False),
-    "aten._log_softmax": along(A._log_softmax.default, False),
-    "aten._safe_softmax": along(A._safe_softmax.default),
-    "aten.cumsum": along(A.cumsum.default),
-    "aten.softmax": along(A.softmax.int),
-    "aten.sort": [
+    "aten::all": [*reductions(A.all.dim, b(*SHAPE)), op("", A.all.default, b(*SHAPE))],
+    "aten::prod": [*reductions(A.prod.dim_int, f(*SHAPE)), op("", A.prod.default, f(*SHAPE))],
+    "aten::argmax": [*reductions(A.argmax.default, f(*SHAPE)), op("", A.argmax.default, f(*SHAPE))],
+    "aten::argmin": [*reductions(A.argmin.default, f(*SHAPE)), op("", A.argmin.default, f(*SHAPE), None, True)],
+    "aten::_softmax": along(A._softmax.default, False),
+    "aten::_log_softmax": along(A._log_softmax.default, False),
+    "aten::_safe_softmax": along(A._safe_softmax.default),
+    "aten::cumsum": along(A.cumsum.default),
+    "aten::softmax": along(A.softmax.int),
+    "aten::sort": [
         *along(A.sort.default, True),
         op("01", A.sort.default, f(*SHAPE)),
         op("12", A.sort.stable, f(*SHAPE), stable=True, dim=0),
     ],
-    "aten.topk": [op("01", A.topk.default, f(*SHAPE), 3), op("02", A.topk.default, f(*SHAPE), 2, 1)],
-    "aten.gather": [
+    "aten::topk": [op("01", A.topk.default, f(*SHAPE), 3), op("02", A.topk.default, f(*SHAPE), 2, 1)],
+    "aten::gather": [
         op("1", A.gather.default, f(4, 6), 0, i(3, 6)),
         op("0", A.gather.default, f(6, 4), -1, i(6, 2)),
         op("", A.gather.default, f(6, 4), 1, i(3, 2)),
     ],
-    "aten.scatter": [
+    "aten::scatter": [
         op("0", A.scatter.src, f(6, 4), 1, i(6, 1), f(6, 1)),
         op("1", A.scatter.value, f(4, 6), 0, i(1, 6), 1.5),
         op("", A.scatter.src, f(6, 4), 1, i(3, 1), f(6, 1)),
         op("", A.scatter.src, f(6, 4), 1, i(6, 1), f(8, 1)),
     ],
-    "aten.native_layer_norm": [
+    "aten::native_layer_norm": [
         op("01", A.native_layer_norm.default, f(*SHAPE), [8], f(8), f(8), 1e-5),
         op("0", A.native_layer_norm.default, f(*SHAPE), [4, 8], None, None, 1e-5),
     ],
-    "aten.layer_norm": [op("01", A.layer_norm.default, f(*SHAPE), [8], f(8), f(8))],
-    "aten.rms_norm": [
+    "aten::layer_norm": [op("01", A.layer_norm.default, f(*SHAPE), [8], f(8), f(8))],
+    "aten::rms_norm": [
         op("01", A.rms_norm.default, f(*SHAPE), [8], f(8)),
         op("0", A.rms_norm.default, f(*SHAPE), [4, 8]),
     ],
-    "aten._fused_rms_norm": [
+    "aten::_fused_rms_norm": [
         op("01", A._fused_rms_norm.default, f(*SHAPE), [8], f(8), 1e-6),
         op("0", A._fused_rms_norm.default, f(*SHAPE), [4, 8], f(4, 8), 1e-6),
     ],
-    "aten.mm": [
+    "aten::mm": [
         op("0", A.mm.default, f(6, 4), f(4, 8)),
         op("1", A.mm.default, f(6, 4), f(4, 8), of=1),
         op("", A.mm.default, SQUARE, SQUARE),
     ],
-    "aten.bmm": [
+    "aten::bmm": [
         op("01", A.bmm.default, f(6, 4, 8), f(6, 8, 10)),
         op("02", A.bmm.default, f(6, 4, 8), f(6, 8, 10), of=1),
         op("", A.bmm.default, CUBE, CUBE),
         op("01", A.bmm.default, f(3, 6, 8), f(3, 8, 6)),  # queries and keys
         op("01", A.bmm.default, f(3, 6, 6), f(3, 6, 8)),  # scores and values
     ],
-    "aten.linear": [
+    "aten::linear": [
         op("01", A.linear.default, f(6, 4, 8), f(10, 8), f(10)),
         op("0", A.linear.default, f(6, 8), f(10, 8)),
         op("0", A.linear.default, f(6, 8), f(10, 8), bias=f(10)),
         op("", A.linear.default, f(6, 8), f(10, 8), of=1),
         op("", A.linear.default, SQUARE, SQUARE),
     ],
-    "aten.addmm": [
+    "aten::addmm": [
         op("0", A.addmm.default, f(8), f(6, 4), f(4, 8), of=1),
         op("", A.addmm.default, f(6, 8), f(6, 4), f(4, 8), of=1),
         op("", A.addmm.default, f(8), f(6, 4), f(4, 8), of=2),
     ],
-    "aten.embedding": [
+    "aten::embedding": [
         op("01", A.embedding.default, f(10, 8), i(6, 4, high=10), of=1),
         op("", A.embedding.default, f(10, 8), i(6, 4, high=10)),
     ],
-    "aten.index": [
+    "aten::index": [
         op("01", A.index.Tensor, f(10, 8), [i(6, 4, high=10)], of=1),
         op("0", A.index.Tensor, f(3, 5, 8), [i(6, 1, high=3), i(1, 4, high=5)], of=1),
         op("1", A.index.Tensor, f(3, 5), [i(6, 1, high=3), i(1, 4, high=5)], of=2),
@@ -295,39 +297,39 @@ CASES: dict[str, list[Op]] = {
         op("", A.index.Tensor, f(10, 8), [None, i(6, high=8)], of=1),
         op("", A.index.Tensor, f(6, 8), [b(6)], of=1),
     ],
-    "aten.index_put": [
+    "aten::index_put": [
         op("012", A.index_put.default, f(*SHAPE), [b(6, 4)], f()),
         op("012", A.index_put.default, f(*SHAPE), [b(*SHAPE)], f(), True),
         op("01", A.index_put.default, f(*SHAPE), [b(6, 4)], f(), of=1),
         op("", A.index_put.default, f(6, 8), [i(4, high=6)], f()),
         op("", A.index_put.default, f(6, 8), [b(6)], f(8)),
     ],
-    "aten.index_select": [
+    "aten::index_select": [
         op("0", A.index_select.default, f(10, 8), 0, i(6, high=10), of=1),
         op("0", A.index_select.default, f(8, 10), 1, i(6, high=10), of=1),
         op("1", A.index_select.default, f(10, 8), 0, i(5, high=10)),
     ],
-    "aten.constant_pad_nd": [
+    "aten::constant_pad_nd": [
         op("01", A.constant_pad_nd.default, f(*SHAPE), [1, 2]),
         op("02", A.constant_pad_nd.default, f(*SHAPE), [0, 0, 1, 0], 2.5),
         op("12", A.constant_pad_nd.default, f(*SHAPE), [0, 0, 0, 0, 1, -1]),  # keeps the size and shifts the rows
     ],
-    "aten.clone": [op("012", A.clone.default, f(*SHAPE))],
-    "aten.alias": [op("012", A.alias.default, f(*SHAPE))],
-    "aten.detach": [op("012", A.detach.default, f(*SHAPE))],
-    "aten.contiguous": [op("012", A.contiguous.default, f(*SHAPE))],
-    "aten.zeros_like": [op("012", A.zeros_like.default, f(*SHAPE))],
-    "aten.ones_like": [op("012", A.ones_like.default, f(*SHAPE))],
-    "aten.full_like": [op("012", A.full_like.default, f(*SHAPE), 2.5)],
-    "aten.empty_like": [op("012", A.empty_like.default, f(*SHAPE))],
-    "aten._to_copy": [op("012", A._to_copy.default, f(*SHAPE), dtype=torch.float32)],
-    "aten.masked_fill": [
+    "aten::clone": [op("012", A.clone.default, f(*SHAPE))],
+    "aten::alias": [op("012", A.alias.default, f(*SHAPE))],
+    "aten::detach": [op("012", A.detach.default, f(*SHAPE))],
+    "aten::contiguous": [op("012", A.contiguous.default, f(*SHAPE))],
+    "aten::zeros_like": [op("012", A.zeros_like.default, f(*SHAPE))],
+    "aten::ones_like": [op("012", A.ones_like.default, f(*SHAPE))],
+    "aten::full_like": [op("012", A.full_like.default, f(*SHAPE), 2.5)],
+    "aten::empty_like": [op("012", A.empty_like.default, f(*SHAPE))],
+    "aten::_to_copy": [op("012", A._to_copy.default, f(*SHAPE), dtype=torch.float32)],
+    "aten::masked_fill": [
         op("012", A.masked_fill.Scalar, f(*SHAPE), b(4, 1), 0.5),
         op("012", A.masked_fill.Tensor, f(*SHAPE), b(*SHAPE), f()),
     ],
-    "aten.lift_fresh_copy": [op("012", A.lift_fresh_copy.default, f(*SHAPE))],
-    "aten.copy": [op("012", A.copy.default, f(*SHAPE), f(4, 8))],
-    "aten.add": [
+    "aten::lift_fresh_copy": [op("012", A.lift_fresh_copy.default, f(*SHAPE))],
+    "aten::copy": [op("012", A.copy.default, f(*SHAPE), f(4, 8))],
+    "aten::add": [
         op("012", A.add.Tensor, f(*SHAPE), f(*SHAPE)),
         op("012", A.add.Tensor, f(*SHAPE), f(4, 1), alpha=2),
         op("02", A.add.Tensor, f(6, 1, 8), f(4, 8)),
@@ -336,28 +338,28 @@ CASES: dict[str, list[Op]] = {
         op("012", A.add.Tensor, SAME, SAME),
         op("01", A.add.Tensor, f(6, 6), f(6, 6)),  # tokens on different dims of the two
     ],
-    "aten.sub": [op("012", A.sub.Tensor, f(*SHAPE), f(8)), op("012", A.sub.Scalar, f(*SHAPE), 1.0)],
-    "aten.mul": [
+    "aten::sub": [op("012", A.sub.Tensor, f(*SHAPE), f(8)), op("012", A.sub.Scalar, f(*SHAPE), 1.0)],
+    "aten::mul": [
         op("012", A.mul.Tensor, f(*SHAPE), f(6, 1, 8)),
         op("02", A.mul.Tensor, f(6, 1, 8), f(4, 8)),
         op("012", A.mul.Tensor, SAME, SAME),
         op("012", A.mul.Scalar, f(*SHAPE), 3.0),
     ],
-    "aten.div": [
+    "aten::div": [
         op("012", A.div.Tensor, f(*SHAPE), f(6, 4, 1)),
         op("012", A.div.Tensor, SAME, SAME),
         op("012", A.div.Tensor_mode, f(*SHAPE), f(6, 4, 1), rounding_mode="floor"),
         op("012", A.div.Scalar, f(*SHAPE), 3.0),
     ],
-    "aten.neg": [op("012", A.neg.default, f(*SHAPE))],
-    "aten.new_ones": [op("012", A.new_ones.default, f(*SHAPE), [3, 4])],
-    "aten.new_zeros": [op("012", A.new_zeros.default, f(*SHAPE), [3, 4])],
-    "aten.new_empty": [op("012", A.new_empty.default, f(*SHAPE), [3, 4])],
-    "aten.new_full": [op("012", A.new_full.default, f(*SHAPE), [3, 4], 1.5)],
-    "aten.new_empty_strided": [op("012", A.new_empty_strided.default, f(*SHAPE), [3, 4], [4, 1])],
-    "aten.sym_size": [op("012", A.sym_size.int, f(*SHAPE), 0)],
-    "aten.sym_numel": [op("012", A.sym_numel.default, f(*SHAPE))],
-    "aten.scaled_dot_product_attention": [
+    "aten::neg": [op("012", A.neg.default, f(*SHAPE))],
+    "aten::new_ones": [op("012", A.new_ones.default, f(*SHAPE), [3, 4])],
+    "aten::new_zeros": [op("012", A.new_zeros.default, f(*SHAPE), [3, 4])],
+    "aten::new_empty": [op("012", A.new_empty.default, f(*SHAPE), [3, 4])],
+    "aten::new_full": [op("012", A.new_full.default, f(*SHAPE), [3, 4], 1.5)],
+    "aten::new_empty_strided": [op("012", A.new_empty_strided.default, f(*SHAPE), [3, 4], [4, 1])],
+    "aten::sym_size": [op("012", A.sym_size.int, f(*SHAPE), 0)],
+    "aten::sym_numel": [op("012", A.sym_numel.default, f(*SHAPE))],
+    "aten::scaled_dot_product_attention": [
         op("2", A.scaled_dot_product_attention.default, f(2, 3, 6, 4), f(2, 3, 10, 4), f(2, 3, 10, 8)),
         op("2", A.scaled_dot_product_attention.default, f(2, 3, 6, 4), f(2, 3, 10, 4), f(2, 3, 10, 4), b(6, 10)),
         op("2", A.scaled_dot_product_attention.default, f(2, 3, 6, 4), f(2, 3, 6, 4), f(2, 3, 6, 4), f(2, 1, 6, 6)),
@@ -366,11 +368,11 @@ CASES: dict[str, list[Op]] = {
         op("", A.scaled_dot_product_attention.default, f(2, 3, 6, 4), f(2, 3, 6, 4), f(2, 3, 6, 4), None, 0.5),
         op("", A.scaled_dot_product_attention.default, KEYS, KEYS, f(2, 3, 6, 4)),
     ],
-    "aten._scaled_dot_product_attention_math": [
+    "aten::_scaled_dot_product_attention_math": [
         op("2", A._scaled_dot_product_attention_math.default, f(2, 3, 6, 4), f(2, 3, 6, 4), f(2, 3, 6, 8), b(6, 6)),
         op("", A._scaled_dot_product_attention_math.default, f(2, 3, 6, 4), f(2, 3, 6, 4), KEYS, None, 0.0, True),
     ],
-    "aten._scaled_dot_product_flash_attention_for_cpu": [
+    "aten::_scaled_dot_product_flash_attention_for_cpu": [
         op("2", FLASH, f(2, 3, 6, 4), f(2, 3, 10, 4), f(2, 3, 10, 4), attn_mask=f(6, 10)),
         op("2", FLASH, f(2, 3, 6, 4), f(2, 3, 10, 4), f(2, 3, 10, 4), attn_mask=f(2, 1, 6, 10), scale=0.3),
         op("2", FLASH, f(2, 3, 6, 4), f(2, 3, 10, 4), f(2, 3, 10, 4)),
@@ -392,36 +394,44 @@ CASES: dict[str, list[Op]] = {
         op("01", A.bitwise_and.Tensor, i(6, 8), i(6, 8)),
     ],
 }
-NPU, OWN = torch.ops.npu, torch.ops.cpcompile
+NPU, OWN, VLLM_IR = torch.ops.npu, torch.ops.cpcompile, torch.ops.vllm_ir
 TABLE = (i32(6), i32(6, 3))  # key lengths and block table of rows
 # Rows that DTensor knows nothing of.
 OTHERS: dict[str, list[Op]] = {
-    "npu.npu_rms_norm": [
+    "npu::npu_rms_norm": [
         op("01", NPU.npu_rms_norm.default, f(6, 4, 8), f(8)),
         op("0", NPU.npu_rms_norm.default, f(6, 4, 8), f(4, 8)),
     ],
-    "npu.npu_add_rms_norm": [op("01", NPU.npu_add_rms_norm.default, f(6, 4, 8), f(6, 4, 8), f(8))],
-    "npu.npu_interleave_rope": [
+    "vllm_ir::rms_norm": [
+        op("01", VLLM_IR.rms_norm.default, f(6, 4, 8), f(8), 1e-6),
+        op("01", VLLM_IR.rms_norm.default, f(6, 4, 8), None, 1e-6, 4),
+    ],
+    "vllm_ir::fused_add_rms_norm": [
+        op("0", VLLM_IR.fused_add_rms_norm.default, f(6, 8), f(6, 8), f(8), 1e-6),
+        op("01", VLLM_IR.fused_add_rms_norm.default, f(6, 4, 8), f(6, 4, 8), None, 1e-6),
+    ],
+    "npu::npu_add_rms_norm": [op("01", NPU.npu_add_rms_norm.default, f(6, 4, 8), f(6, 4, 8), f(8))],
+    "npu::npu_interleave_rope": [
         op("012", NPU.npu_interleave_rope.default, f(6, 4, 10, 8), f(6, 1, 1, 8), f(6, 1, 1, 8))
     ],
-    "npu.npu_rotary_mul": [op("012", NPU.npu_rotary_mul.default, f(6, 4, 10, 8), f(6, 1, 1, 8), f(6, 1, 1, 8))],
-    "cpcompile.paged_lightning_indexer": [
+    "npu::npu_rotary_mul": [op("012", NPU.npu_rotary_mul.default, f(6, 4, 10, 8), f(6, 1, 1, 8), f(6, 1, 1, 8))],
+    "cpcompile::paged_lightning_indexer": [
         op("0", OWN.paged_lightning_indexer.default, f(6, 3, 8), f(5, 2, 1, 8), f(6, 3), *TABLE, 4)
     ],
-    "cpcompile.paged_sparse_attention": [
+    "cpcompile::paged_sparse_attention": [
         op(
             "0", OWN.paged_sparse_attention.default,
             f(6, 3, 8), f(5, 2, 1, 8), i32(6, 1, 7), f(6, 3, 4), f(5, 2, 1, 4), *TABLE, 0.5,
         )
     ],
-    "cpcompile.paged_attention": [
+    "cpcompile::paged_attention": [
         op("0", OWN.paged_attention.default, f(6, 3, 8), f(5, 2, 1, 8), f(6, 3, 4), f(5, 2, 1, 4), *TABLE, 0.5)
     ],
 }  # fmt: skip
 EVERY = {**CASES, **OTHERS}
 CALLS = [pytest.param(name, call, id=str(call)) for name, calls in EVERY.items() for call in calls]
-UNDEFINED = {"aten.empty_like", "aten.new_empty", "aten.new_empty_strided"}  # nothing to compare but shapes
-SIZES = {"aten.sym_size", "aten.sym_numel"}  # the rewrite computes the whole value's size; there is no tensor
+UNDEFINED = {"aten::empty_like", "aten::new_empty", "aten::new_empty_strided"}  # nothing to compare but shapes
+SIZES = {"aten::sym_size", "aten::sym_numel"}  # the rewrite computes the whole value's size; there is no tensor
 
 Layouts = dict[X, "TokenDim | None"]
 
@@ -499,16 +509,16 @@ def row_wise(call: Op) -> Iterator[tuple[Claim, RowWise]]:
 
 
 # Kernels of CUDA alone: their schemas are checked, in test_fused_attention.py, and not their numbers.
-ON_CUDA = {f"aten._scaled_dot_product_{n}_attention" for n in ("flash", "efficient", "cudnn", "fused")} - {
-    "aten._scaled_dot_product_fused_attention"
-} | {"aten._scaled_dot_product_fused_attention_overrideable"}
+ON_CUDA = {f"aten::_scaled_dot_product_{n}_attention" for n in ("flash", "efficient", "cudnn", "fused")} - {
+    "aten::_scaled_dot_product_fused_attention"
+} | {"aten::_scaled_dot_product_fused_attention_overrideable"}
 
 # The table
 
 
 def test_every_row_has_cases() -> None:
-    assert CASES.keys() - {"pointwise"} == {name for name in RULES if name.startswith("aten.")} - ON_CUDA
-    assert OTHERS.keys() == {name for name in RULES if name.startswith(("npu.", "cpcompile.paged_"))}
+    assert CASES.keys() - {"pointwise"} == {name for name in RULES if name.startswith("aten::")} - ON_CUDA
+    assert OTHERS.keys() == {name for name in RULES if name.startswith(("npu::", "cpcompile::paged_", "vllm_ir::"))}
     for name, calls in EVERY.items():
         if name != "pointwise":
             assert {op_name(call.target) for call in calls} == {name}
@@ -564,7 +574,7 @@ def linear_of(call: Op) -> str:
     return "" if rule is None else rule.linear
 
 
-@pytest.mark.parametrize("name", [n for n, r in RULES.items() if r.linear and n.startswith("aten.")])
+@pytest.mark.parametrize("name", [n for n, r in RULES.items() if r.linear and n.startswith("aten::")])
 def test_a_linear_op_of_a_sum_is_the_sum_of_the_ops(name: str) -> None:
     linear = [(call, kind) for call in CASES[name] if any(True for _ in row_wise(call)) and (kind := linear_of(call))]
     assert linear
@@ -573,7 +583,7 @@ def test_a_linear_op_of_a_sum_is_the_sum_of_the_ops(name: str) -> None:
             assert is_sum(call, call.operands)
             continue
         # A sum is divided, never divided by.
-        operands = call.operands[:1] if name == "aten.div" else call.operands
+        operands = call.operands[:1] if name == "aten::div" else call.operands
         for operand in operands:
             assert is_sum(call, [operand]), f"{call} is not linear in its operand {operand.shape}"
 
@@ -672,14 +682,14 @@ def test_all_reduce_over_another_axis_is_row_wise(reduce_op: str, linear: str) -
 
 # Rows that DTensor cannot confirm, and why; their numbers are checked above like all others'.
 NO_STRATEGY = {
-    "aten.index_put": "its strategy takes a mask for integers: on shards of both it asks for shapes that differ",
-    "aten.scaled_dot_product_attention": "composite: DTensor decomposes it to a CPU kernel without a strategy",
-    "aten._scaled_dot_product_attention_math": "composite, likewise",
-    "aten._scaled_dot_product_flash_attention_for_cpu": "no strategy is registered: only CUDA's kernels have one",
-    "aten.copy": "no strategy is registered: functionalisation does not show it copy, only copy_",
-    "aten.lift_fresh_copy": "no strategy is registered: it is met in tracing only, on constants",
-    "aten.sym_size": "returns an int, which DTensor answers without a strategy",
-    "aten.sym_numel": "returns an int, which DTensor answers without a strategy",
+    "aten::index_put": "its strategy takes a mask for integers: on shards of both it asks for shapes that differ",
+    "aten::scaled_dot_product_attention": "composite: DTensor decomposes it to a CPU kernel without a strategy",
+    "aten::_scaled_dot_product_attention_math": "composite, likewise",
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "no strategy is registered: only CUDA's kernels have one",
+    "aten::copy": "no strategy is registered: functionalisation does not show it copy, only copy_",
+    "aten::lift_fresh_copy": "no strategy is registered: it is met in tracing only, on constants",
+    "aten::sym_size": "returns an int, which DTensor answers without a strategy",
+    "aten::sym_numel": "returns an int, which DTensor answers without a strategy",
 }
 
 

@@ -65,9 +65,9 @@ def test_nothing_is_imported_before_it_is_named(monkeypatch):
         (
             "qqq",
             r"unknown pass 'qqq' \(known: canonicalise, explicit-causal-masks, ge-forms, inline-composites, "
-            r"npu-attention, npu-gating, npu-mc2, npu-norms, npu-quant, npu-rope, npu-routed-experts, npu-swiglu, "
-            r"paged-keys, per-token-attention, "
-            r"recognise-routed-experts, recognise-sparse-attention, shard-tokens, verify-static\)",
+            r"npu-attention, npu-gating, npu-key-cache, npu-mc2, npu-norms, npu-quant, npu-rope, npu-routed-experts, "
+            r"npu-swiglu, npu-uneven, paged-keys, per-token-attention, "
+            r"recognise-routed-experts, recognise-sparse-attention, shard-tokens, verify-static, vllm-ops\)",
         ),
         ("shard-tokens{token=3}", r"no field 'token' \(did you mean 'tokens'\?\)"),
         ("canonicalise{x=1}", r"no field 'x' \(it has none\)"),

@@ -126,10 +126,10 @@ def test_without_token_ids_the_all_reduced_value_tells_the_tokens() -> None:
         (
             lambda x, g: torch.fft.rfft(x).real,
             aten._fft_r2c.default,
-            "aten._fft_r2c is not in the table of token-wise ops",
+            "aten::_fft_r2c is not in the table of token-wise ops",
         ),
         (lambda x, g: x.t() @ x, aten.mm.default, "multiplies tokens with tokens"),
-        (lambda x, g: x.flip(0), aten.flip.default, "aten.flip is not in the table of token-wise ops"),
+        (lambda x, g: x.flip(0), aten.flip.default, "aten::flip is not in the table of token-wise ops"),
     ],
 )
 def test_what_mixes_rows_or_is_unknown_is_refused_with_a_reason(f: Any, op: Any, reason: str) -> None:

@@ -14,7 +14,7 @@ from flash import REDUCED, SCATTERED, flash, graphs, groups_of
 
 from cpcompile.passes.collectives import NATIVE
 from cpcompile.passes.verify_flashcomm2 import prove_flashcomm2
-from cpcompile.passes.verify_static import Proof
+from cpcompile.passes.verify_proof import Proof
 from cpcompile.pipeline import copy_graph
 
 aten = torch.ops.aten

@@ -14,7 +14,7 @@ from shared_modules import GROUP, group_of
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cpcompile.passes.verify_modules import prove_modules
-from cpcompile.passes.verify_static import Proof
+from cpcompile.passes.verify_proof import Proof
 from cpcompile.passes.weight_cuts import Cut, cut_tensor
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional

@@ -18,12 +18,13 @@ from shared_modules import GROUP, group_of, ids_of, model, run, shared, trace_of
 
 from cpcompile.axes import Axis
 from cpcompile.passes.canonicalise import Canonicalise
-from cpcompile.passes.module_parallel import SharedGraph, SharedModule, share_modules
+from cpcompile.passes.module_cuts import SharedModule
+from cpcompile.passes.module_parallel import SharedGraph, share_modules
 from cpcompile.passes.module_roles import ROLES, find_modules
 from cpcompile.passes.verify_arguments import Refused
 from cpcompile.passes.verify_module_counts import RowNumbers
 from cpcompile.passes.verify_modules import prove_modules
-from cpcompile.passes.verify_static import Proof
+from cpcompile.passes.verify_proof import Proof
 from cpcompile.passes.weight_cuts import Cut
 from cpcompile.pipeline import copy_graph
 

@@ -12,12 +12,14 @@ from cpcompile.passes.ge_forms import GeForms
 from cpcompile.passes.inline_composites import InlineComposites
 from cpcompile.passes.npu_attention import NpuAttention
 from cpcompile.passes.npu_gating import NpuGating
+from cpcompile.passes.npu_key_cache import NpuKeyCache
 from cpcompile.passes.npu_mc2 import NpuMc2
 from cpcompile.passes.npu_norms import NpuNorms
 from cpcompile.passes.npu_quant import NpuQuant
 from cpcompile.passes.npu_rope import NpuRope
 from cpcompile.passes.npu_routed_experts import NpuRoutedExperts
 from cpcompile.passes.npu_swiglu import NpuSwiglu
+from cpcompile.passes.npu_uneven import NpuUneven
 from cpcompile.passes.paged_keys import PagedKeys
 from cpcompile.passes.recognise_routed_experts import RecogniseRoutedExperts
 
@@ -25,9 +27,11 @@ from cpcompile.passes.recognise_routed_experts import RecogniseRoutedExperts
 def ascend_passes(settings: Settings) -> list[GraphPass]:
     """The passes, in order."""
     passes: list[GraphPass] = [RecogniseRoutedExperts(), InlineComposites(), PagedKeys(), NpuAttention()]
-    passes += [NpuRoutedExperts(), NpuGating(), NpuNorms(), NpuRope(), NpuSwiglu(), NpuQuant()]
+    passes += [NpuRoutedExperts(), NpuGating(), NpuNorms(), NpuRope(), NpuSwiglu(), NpuQuant(), NpuKeyCache()]
     if settings.mc2:
         passes.append(NpuMc2())
+    if settings.uneven_collectives:
+        passes.append(NpuUneven())  # what MC2 has not taken along
     return [*passes, GeForms()]
 
 

@@ -60,8 +60,13 @@ def requests_of(query: Tensor, layout: str, query_lengths: list[int] | None, key
         starts, lasts = [0, *ends[:-1]], ends
     else:
         batch, rows = query.shape[:2]
+        given = query_lengths or [rows] * batch
+        expect(
+            len(given) == batch and all(0 <= length <= rows for length in given),
+            f"expected lengths of {batch} requests of {rows} rows, found {given}",
+        )
         starts = [b * rows for b in range(batch)]
-        lasts = [s + n for s, n in zip(starts, query_lengths or [rows] * batch, strict=True)]
+        lasts = [s + n for s, n in zip(starts, given, strict=True)]
     expect(len(keys) == len(lasts), f"expected a key length for each of {len(lasts)} requests, found {keys}")
     for number, (first, last, length) in enumerate(zip(starts, lasts, keys, strict=True)):
         expect(length >= 0, f"expected key lengths that are not negative, found {length}")
@@ -84,7 +89,7 @@ def _keys_of(request: Request, cache: Tensor, layout: str, table: Tensor | None,
     return cache[request.number, : request.keys, 0]
 
 
-def _key_lengths(key: Tensor, layout: str, lengths: list[int] | None) -> tuple[list[int], list[int]]:
+def key_lengths(key: Tensor, layout: str, lengths: list[int] | None) -> tuple[list[int], list[int]]:
     """Each request's number of keys, and for ``TND``, whose lengths are ends, where they begin."""
     if layout == "TND":
         expect(lengths is not None, "layout TND: expected key lengths, found none")
@@ -144,7 +149,7 @@ def lightning_indexer(
     expect(
         weights.shape == query.shape[:-1], f"weights: expected {list(query.shape[:-1])}, found {list(weights.shape)}"
     )
-    lengths, starts = _key_lengths(key, layout_key, lengths_of(actual_seq_lengths_key, "actual_seq_lengths_key"))
+    lengths, starts = key_lengths(key, layout_key, lengths_of(actual_seq_lengths_key, "actual_seq_lengths_key"))
     ends = lengths_of(actual_seq_lengths_query, "actual_seq_lengths_query")
     flat = query.reshape(-1, *query.shape[-2:]).float()
     factors = weights.reshape(-1, weights.shape[-1]).float()
@@ -204,11 +209,11 @@ def sparse_flash_attention(
     expect(query_rope is not None and key_rope is not None, "expected query_rope and key_rope in attention mode 2")
     assert query_rope is not None and key_rope is not None
     expect(sparse_indices.shape[:-1] == (*query.shape[:-2], 1), f"indices: found {list(sparse_indices.shape)}")
-    lengths, starts = _key_lengths(key, layout_kv, lengths_of(actual_seq_lengths_kv, "actual_seq_lengths_kv"))
+    lengths, starts = key_lengths(key, layout_kv, lengths_of(actual_seq_lengths_kv, "actual_seq_lengths_kv"))
     ends = lengths_of(actual_seq_lengths_query, "actual_seq_lengths_query")
     flat = torch.cat([query, query_rope], -1).reshape(-1, query.shape[-2], query.shape[-1] + query_rope.shape[-1])
     wanted = sparse_indices.reshape(-1, sparse_indices.shape[-1]).long()
-    out = torch.zeros(len(flat), *query.shape[-2:], dtype=query.dtype)
+    out = torch.full((len(flat), *query.shape[-2:]), torch.nan, dtype=query.dtype)
     for request in requests_of(query, layout_query, ends, lengths):
         parts = (_keys_of(request, cache, layout_kv, block_table, starts) for cache in (key, key_rope, value))
         latent, rope, values = parts

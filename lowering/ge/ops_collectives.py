@@ -58,7 +58,7 @@ def _scattered(x: Tensor, reduction: str, rank_size: int, group: str) -> Talk:
     return result
 
 
-def _exchanged(parts: list[Tensor], received: list[int], group: str) -> Talk:
+def exchanged(parts: list[Tensor], received: list[int], group: str) -> Talk:
     """Send ``parts[i]`` to rank ``i`` and receive vectors of the lengths ``received``, as one."""
     sent = [part.numel() for part in parts]
     arguments = {"output_split_sizes": received, "input_split_sizes": sent}
@@ -102,7 +102,7 @@ def hcom_all_to_all(x: Tensor, *, group: str) -> Talk:
     size = yield group
     expect(x.numel() % size == 0, f"expected elements divisible by the group size {size}, found {list(x.shape)}")
     count = x.numel() // size
-    result = yield from _exchanged(list(x.reshape(-1).split(count)) if count else [x] * size, [count] * size, group)
+    result = yield from exchanged(list(x.reshape(-1).split(count)) if count else [x] * size, [count] * size, group)
     return result.view(x.shape)
 
 
@@ -128,7 +128,24 @@ def hcom_all_to_all_v(
         all(s + c <= len(flat) for s, c in zip(starts, counts, strict=True)), f"sends more than {len(flat)} elements"
     )
     parts = [flat[start : start + count] for start, count in zip(starts, counts, strict=True)]
-    return (yield from _exchanged(parts, received, group))
+    return (yield from exchanged(parts, received, group))
+
+
+@op("HcomAllToAllVC", "T, int64 -> recv_data:T")
+def hcom_all_to_all_vc(
+    send_data: Tensor, send_count_matrix: Tensor, *, rank: int, group: str, fusion: int = 0, fusion_id: int = -1
+) -> Talk:
+    """``send_count_matrix[i, j]`` elements go from rank ``i`` to rank ``j``, one part after another; one vector.
+
+    Source: REG_OP(HcomAllToAllVC); HcclAlltoAllVC. ``rank`` is this one's place in the group.
+    """
+    size = yield group
+    counts = send_count_matrix.tolist()
+    expect(tuple(send_count_matrix.shape) == (size, size), f"send_count_matrix: expected {size} by {size}")
+    expect(0 <= rank < size, f"attribute 'rank': expected a place among {size}, found {rank}")
+    expect(sum(counts[rank]) == send_data.numel(), f"sends {counts[rank]} of {send_data.numel()} elements")
+    parts = list(send_data.reshape(-1).split(counts[rank]))
+    return (yield from exchanged(parts, [row[rank] for row in counts], group))
 
 
 @op("HcomAllGatherV", "T, int64, int64, int64 -> y:T")
@@ -145,7 +162,7 @@ def hcom_all_gather_v(
     if recv_displacements is not None and recv_displacements.numel():
         _consecutive(rows, ints(recv_displacements, "recv_displacements"), "recv_displacements")
     width = x[:1].numel() if x.shape[0] else x.new_empty((1, *x.shape[1:])).numel()
-    result = yield from _exchanged([x] * len(rows), [row * width for row in rows], group)
+    result = yield from exchanged([x] * len(rows), [row * width for row in rows], group)
     return result.view(sum(rows), *x.shape[1:])
 
 
@@ -169,7 +186,7 @@ def hcom_reduce_scatter_v(
     if send_displacements is not None and send_displacements.numel():
         _consecutive(rows, ints(send_displacements, "send_displacements"), "send_displacements")
     width = x.new_empty((1, *x.shape[1:])).numel()
-    result = yield from _exchanged(list(x.split(rows)), [mine * width] * len(rows), group)
+    result = yield from exchanged(list(x.split(rows)), [mine * width] * len(rows), group)
     total, *others = result.view(len(rows), mine, *x.shape[1:])
     for other in others:
         total = total + other
@@ -258,7 +275,8 @@ def matmul_all_reduce(
     """
     expect_unfed(antiquant_scale=antiquant_scale, antiquant_offset=antiquant_offset, dequant_scale=dequant_scale)
     expect_unfed(pertoken_scale=pertoken_scale, quant_scale_1=comm_quant_scale_1, quant_scale_2=comm_quant_scale_2)
-    expect_default({"is_trans_a": is_trans_a, "reduce_op": reduce_op}, is_trans_a=False, reduce_op="sum")
+    found = {"is_trans_a": is_trans_a, "reduce_op": reduce_op, "comm_quant_mode": comm_quant_mode}
+    expect_default(found, is_trans_a=False, reduce_op="sum", comm_quant_mode=0)
     partial = product(x1, x2, False, is_trans_b, bias)
     partial = partial if x3 is None else (partial.float() + x3.float()).to(partial.dtype)
     return (yield Collective(_C10D.all_reduce.default, partial, {"reduce_op": "sum"}, group))

@@ -53,7 +53,7 @@ def gather_v2(
     dim = dim_of(one(axis, "axis"), x.ndim)
     places = _within(indices, x.shape[dim], negative_index_support)
     taken = x.index_select(dim, places.reshape(-1))
-    return taken.reshape(*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :])
+    return taken.reshape([*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :]])  # of no dims, too
 
 
 @op("GatherElements", f"T, {INDEX} -> y:T")

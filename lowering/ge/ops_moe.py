@@ -107,7 +107,7 @@ def moe_init_routing_v3(
     order = torch.where(active, flat, expert_num).sort(stable=True).indices
     count = int(active.sum())
     expanded = x[order // chosen]
-    _spoil(expanded[count:])
+    spoil(expanded[count:])
     places = torch.full((len(flat),), -1, dtype=torch.int32)
     if row_idx_type == 0:
         places[order[:count]] = torch.arange(count, dtype=torch.int32)
@@ -120,7 +120,8 @@ def moe_init_routing_v3(
     return expanded, places, tokens, scales
 
 
-def _spoil(rows: Tensor) -> None:
+def spoil(rows: Tensor) -> None:
+    """Make ``rows`` undefined: NaN, or the least integer."""
     rows.fill_(torch.nan if rows.dtype.is_floating_point else torch.iinfo(rows.dtype).min)
 
 

@@ -88,14 +88,68 @@ def quant_batch_matmul_v3(
     """
     expect_unfed(offset=offset)
     expect_default({"dtype": dtype, "group_size": group_size}, dtype=(torch.float16, torch.bfloat16), group_size=0)
+    return _dequantised(
+        x1.mT if transpose_x1 else x1, x2.mT if transpose_x2 else x2, scale, bias, pertoken_scale, dtype
+    )
+
+
+@op("QuantBatchMatmul", "int8, int8, int32, uint64 -> y:float16")
+def quant_batch_matmul(
+    x1: Tensor, x2: Tensor, bias: Tensor, deq_scale: Tensor, *, adj_x1: bool = False, adj_x2: bool = False
+) -> Tensor:
+    """``(x1 @ x2 + bias) * deq_scale`` of int8 matrices. Source: REG_OP(QuantBatchMatmul); aclnnQuantMatmul."""
+    a, b = x1.mT if adj_x1 else x1, x2.mT if adj_x2 else x2
+    return _dequantised(a, b, deq_scale, bias, None, torch.float16)
+
+
+@op(
+    "QuantBatchMatmulV4",
+    "T, T, int32|bfloat16|float16|float32, float32, uint64|float32|int64|bfloat16, any, any, any, any, any -> y:=dtype",
+    T="int8|float8_e4m3fn|float8_e5m2",
+)
+def quant_batch_matmul_v4(
+    x1: Tensor,
+    x2: Tensor,
+    bias: Tensor | None = None,
+    x1_scale: Tensor | None = None,
+    x2_scale: Tensor | None = None,
+    y_scale: Tensor | None = None,
+    x1_offset: Tensor | None = None,
+    x2_offset: Tensor | None = None,
+    y_offset: Tensor | None = None,
+    x2_table: Tensor | None = None,
+    *,
+    dtype: DType,
+    compute_type: int = -1,
+    transpose_x1: bool = False,
+    transpose_x2: bool = False,
+    group_size: int = -1,
+) -> Tensor:
+    """As QuantBatchMatmulV3, whose ``pertoken_scale`` is ``x1_scale [M]`` and whose ``scale`` is ``x2_scale``.
+
+    Source: REG_OP(QuantBatchMatmulV4), as torchair's converter of ``npu_quant_matmul`` makes it for later chips;
+    aclnnQuantMatmulV5. Offsets, tables, scales of groups and quantised results are refused.
+    """
+    expect_unfed(y_scale=y_scale, x1_offset=x1_offset, x2_offset=x2_offset, y_offset=y_offset, x2_table=x2_table)
+    found = {"dtype": dtype, "compute_type": compute_type, "group_size": group_size}
+    expect_default(found, dtype=(torch.float16, torch.bfloat16, torch.float32), compute_type=-1, group_size=(-1, 0))
+    expect(x2_scale is not None, "expected x2_scale, found none")
+    assert x2_scale is not None
     a, b = x1.mT if transpose_x1 else x1, x2.mT if transpose_x2 else x2
+    return _dequantised(a, b, x2_scale, bias, x1_scale, dtype)
+
+
+def _dequantised(
+    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, per_token: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``(a @ b + bias) * scale * per_token``; a bias that is no int32 is added behind."""
     expect(a.shape[-1] == b.shape[-2], f"expected inner sizes that agree, found {list(a.shape)} and {list(b.shape)}")
     # Doubles hold sums of products of int8 exactly.
     exact = torch.matmul(a.double(), b.double())
     if bias is not None and bias.dtype == torch.int32:
         exact = exact + bias.double()
     y = exact.float() * unpacked_scale(scale)
-    y = y if pertoken_scale is None else y * pertoken_scale[..., None]
+    y = y if per_token is None else y * per_token[..., None]
     if bias is not None and bias.dtype != torch.int32:
         y = y + bias.float()
     return y.to(dtype)

@@ -1,0 +1,150 @@
+"""vLLM's own ops (0.32): forms of AOTAutograd's that must not run, and why the opaque ones need all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._ops import OpOverload
+
+from cpcompile.errors import TraceError
+from cpcompile.passes.base import PassResult
+from cpcompile.passes.collectives import erase, getitems, op_name
+
+_WRITES = "it writes keys to a cache that the layer holds, in the order of the tokens"
+_ATTENDS = "it attends over a cache that the layer holds, by the whole batch's lengths"
+_ROUTES = "its experts are this rank's part, and every token meets them"
+#: Ops that see more than their arguments (caches, weights, metadata that a layer holds), and why they need every row.
+OPAQUE: Mapping[str, str] = {
+    "vllm::unified_kv_cache_update": _WRITES,
+    "vllm::unified_mla_kv_cache_update": _WRITES,
+    "vllm::unified_attention_with_output": _ATTENDS,
+    "vllm::unified_mla_attention_with_output": _ATTENDS,
+    "vllm::sparse_attn_indexer": "it writes and reads a cache that the layer holds, by the whole batch's lengths",
+    "vllm::moe_forward": _ROUTES,
+    "vllm::moe_forward_shared": _ROUTES,
+    "_C::cpu_fused_moe": _ROUTES,
+}
+
+#: Ops that write to an argument which other ops read without naming it: a clone of it would go unread.
+_READ_ELSEWHERE = frozenset({"vllm::sparse_attn_indexer"})
+_VIEW = ("size", "stride", "storage_offset", "slice_dim", "slice_start", "slice_end")  # words of auto_functionalized_v2
+_MAYBE_IN_PLACE = "maybe_inplace"
+_ALIASES = (torch.ops.aten.alias.default, torch.ops.aten.detach.default)
+_AUTO_FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized_v2
+
+
+def inner_op(node: fx.Node) -> object:
+    """The op that ``node`` calls, itself or functionalised."""
+    return node.args[0] if node.target is _AUTO_FUNCTIONALIZED else node.target
+
+
+def why_whole(node: fx.Node) -> str:
+    """Why a call of an op that is in no table needs all rows."""
+    name = op_name(inner_op(node))
+    return f"{name}: {OPAQUE[name]}" if name in OPAQUE else ""
+
+
+@dataclass(frozen=True)
+class VllmOps:
+    """What ``auto_functionalized`` made of two kinds of vLLM's ops -> forms that mean what vLLM meant.
+
+    Before -> after:
+        - ``auto_functionalized(vllm_ir.f.maybe_inplace, x)`` whose ``x`` nobody reads afterwards -> ``vllm_ir.f(x)``;
+        - ``auto_functionalized(vllm.sparse_attn_indexer, buffer)`` of a graph input -> the op itself, which writes the
+          input: attention reads that buffer, and does not name it among its arguments.
+
+    Refuses: a ``maybe_inplace`` whose operand is read afterwards; it stays as it is, and needs all rows.
+    """
+
+    name = "vllm-ops"
+
+    def __call__(self, gm: fx.GraphModule) -> PassResult:
+        """Rewrite ``gm`` in place.
+
+        Raises:
+            TraceError: a buffer that is read elsewhere is written through a view, which cannot be run rightly.
+        """
+        result = PassResult()
+        for node in gm.graph.find_nodes(op="call_function", target=_AUTO_FUNCTIONALIZED):
+            op = node.args[0]
+            if not isinstance(op, OpOverload):
+                continue
+            if op.namespace == "vllm_ir" and op._overloadname == _MAYBE_IN_PLACE:
+                _out_of_place(node, op, result)
+            elif op_name(op) in _READ_ELSEWHERE:
+                _in_place(node, op, result)
+        return result.finish(gm)
+
+
+def _given(node: fx.Node, op: OpOverload) -> dict[str, Any] | None:
+    """The arguments of ``op`` by name; None where one that it writes to is a view."""
+    bases: Any = node.kwargs["_all_bases"]
+    found: dict[str, Any] = {}
+    for argument in op._schema.arguments:
+        prefix = f"_{argument.name}_"
+        if prefix + "base_index" not in node.kwargs:
+            found[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+            continue
+        index = node.kwargs[prefix + "base_index"]
+        if any(prefix + part in node.kwargs for part in _VIEW):
+            return None
+        found[argument.name] = None if index is None else bases[index]
+    return found
+
+
+def _out_of_place(node: fx.Node, op: OpOverload, result: PassResult) -> None:
+    given, parts, count = _given(node, op), getitems(node), len(op._schema.returns)
+    if given is None or parts is None or any(part.users for index, part in parts.items() if index >= count):
+        result.refuse(node, f"{op_name(op)}: an operand that it may write to is read afterwards")
+        return
+    plain = getattr(torch.ops.vllm_ir, op_name(op).partition("::")[2]).default
+    _replace_results(parts, _call(node, plain, given), count)
+    erase(*(part for part in parts.values() if node in part.all_input_nodes), node)
+    result.rewrites += 1
+
+
+def _in_place(node: fx.Node, op: OpOverload, result: PassResult) -> None:
+    written: Any = node.kwargs["_all_bases"]
+    bases = [_same_memory(base) for base in written]
+    if all(base.op != "placeholder" for base in bases):
+        return  # made in the graph: whoever reads it names it
+    given, parts = _given(node, op), getitems(node)
+    if given is None or parts is None:
+        raise TraceError(f"{node}: expected {op_name(op)} to write to a whole graph input, found a view of one")
+    given = {name: _same_memory(v) if isinstance(v, fx.Node) and v in written else v for name, v in given.items()}
+    count = max(1, len(op._schema.returns))
+    _replace_results(parts, _call(node, op, given), count)
+    for index, part in parts.items():
+        if index >= count:
+            part.replace_all_uses_with(bases[index - count])
+    erase(*parts.values(), node)
+    result.rewrites += 1
+
+
+def _same_memory(node: fx.Node) -> fx.Node:
+    while node.target in _ALIASES:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _call(like: fx.Node, op: OpOverload, given: Mapping[str, Any]) -> fx.Node:
+    """A call of ``op`` before ``like``, whose first results are those of ``like``."""
+    with like.graph.inserting_before(like):
+        node = like.graph.call_function(op, tuple(given.values()))
+    count = len(op._schema.returns)
+    values = like.meta["val"]
+    node.meta = {**like.meta, "val": values[0] if count <= 1 else tuple(values[:count])}
+    return node
+
+
+def _replace_results(parts: Mapping[int, fx.Node], new: fx.Node, count: int) -> None:
+    for index, part in parts.items():
+        if index < count and part.users:
+            if count > 1:
+                part.update_arg(0, new)
+            else:
+                part.replace_all_uses_with(new)

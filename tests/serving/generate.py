@@ -1,0 +1,73 @@
+"""A process of vLLM: loads models one after the other (under torchrun one only), generates, and writes what they said.
+
+``generate.py JOB.json``, alone or under torchrun. The job: ``engines`` (name → arguments of ``LLM``), ``arrivals``
+(a prompt and the number of engine steps after which it arrives), ``new_tokens``, and ``out``: rank r writes ``out.r``.
+With ``die_at`` rank 1 kills itself at that step.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import dense_indexer
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    dense_indexer.install()
+    told = {name: _engine(arguments, job) for name, arguments in job["engines"].items()}
+    Path(f"{job['out']}.{os.environ.get('RANK', '0')}").write_text(json.dumps(told))
+
+
+def _engine(arguments: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    print(f"engine {arguments}", file=sys.stderr, flush=True)
+    if "RANK" in os.environ:
+        arguments = {**arguments, "distributed_executor_backend": "external_launcher"}
+    began = time.perf_counter()
+    common = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20, "seed": 0}
+    llm = LLM(**{**common, **arguments})
+    ready = time.perf_counter()
+    answers = _generate(llm.llm_engine, job)
+    done = time.perf_counter()
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return {"answers": answers, "start_up_s": ready - began, "generate_s": done - ready}
+
+
+def _generate(engine: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tokens and their log-probabilities, in the order of the arrivals."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=job["new_tokens"], logprobs=1, ignore_eos=True)
+    found: dict[str, Any] = {}
+    step = 0
+    waiting = dict(enumerate(job["arrivals"]))
+    while waiting or engine.has_unfinished_requests():
+        if step == job.get("die_at") and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        for number in [n for n, (_, when) in waiting.items() if when <= step]:
+            engine.add_request(str(number), {"prompt_token_ids": waiting.pop(number)[0]}, params)
+        found.update({o.request_id: o for o in engine.step() if o.finished})
+        step += 1
+    return [_answer(found[str(n)]) for n in range(len(job["arrivals"]))]
+
+
+def _answer(output: Any) -> dict[str, list[Any]]:
+    said = output.outputs[0]
+    chosen = [step[token].logprob for token, step in zip(said.token_ids, said.logprobs, strict=True)]
+    return {"tokens": list(said.token_ids), "logprobs": chosen}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Starting vLLM in processes of its own, and waiting for them with a limit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+HERE = Path(__file__).resolve().parent
+LIMIT_S = 600.0
+COMPILED = {"mode": "DYNAMO_TRACE_ONCE", "backend": "cpcompile"}
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a job's ranks wrote, and everything that they printed."""
+
+    told: list[dict[str, Any]]
+    log: str
+    code: int
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def environment(**more: str) -> dict[str, str]:
+    """One thread per rank; nothing of one test is found by another."""
+    alone = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    # vLLM's sparse_attn_indexer returns an argument: a warning of torch's, which is an error where CI is set.
+    aliasing = {"TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING": "0"}
+    paths = os.pathsep.join([str(HERE.parent.parent), str(HERE)])
+    return {**os.environ, **alone, **aliasing, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", **more}
+
+
+def command(script: str, *args: str, ranks: int = 1) -> list[str]:
+    """How to start ``script`` on ``ranks`` ranks of this host."""
+    if ranks == 1:
+        return [sys.executable, str(HERE / script), *args]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
+    return [sys.executable, *launch, str(HERE / script), *args]
+
+
+def run(folder: Path, job: Mapping[str, Any], ranks: int = 1, **env: str) -> Done:
+    """Run ``generate.py``; the caller looks at the exit code."""
+    out = folder / "out"
+    (folder / "job.json").write_text(json.dumps({**job, "out": str(out)}))
+    with (folder / "log").open("w") as log:
+        process = start(command("generate.py", str(folder / "job.json"), ranks=ranks), folder, log, **env)
+        try:
+            code = process.wait(LIMIT_S)
+        finally:
+            end(process)
+    written = [Path(f"{out}.{rank}") for rank in range(ranks)]
+    told = [json.loads(path.read_text()) for path in written if path.exists()]
+    return Done(told, (folder / "log").read_text(errors="replace"), code)
+
+
+def start(given: list[str], folder: Path, log: IO[str], **env: str) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own, which ``end`` ends with all that it has started."""
+    environ = environment(VLLM_CACHE_ROOT=str(folder / "cache"), **env)
+    return subprocess.Popen(
+        given, stdout=log, stderr=subprocess.STDOUT, env=environ, cwd=folder, start_new_session=True
+    )
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill ``process`` and what it has started, if any of it is left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

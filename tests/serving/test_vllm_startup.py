@@ -1,0 +1,141 @@
+"""What a vLLM user gets wrong is said in one line before anything is loaded, and so is a backend that is not called."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from model_folder import make_folder
+from processes import COMPILED
+from vllm.config import CompilationMode
+from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
+
+from cpcompile.errors import OptionError, PlanError
+from cpcompile.plan import AxisPlan, Plan
+from cpcompile.serving.vllm_entry import Entry
+from cpcompile.serving.vllm_settings import IDENTITY
+
+SET = ("VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_USE_AOT_COMPILE")
+
+
+class Heard(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.levelname} {record.getMessage()}")
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What cpcompile logs; the plugin's settings of the environment end with the test."""
+    for name in SET:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    load_general_plugins()
+    handler, logger = Heard(), logging.getLogger("cpcompile")
+    logger.addHandler(handler)
+    yield handler.lines
+    logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_folder(tmp_path_factory.mktemp("models"), "v3"))
+
+
+def configure(folder: str, options: Any = None, **arguments: Any) -> Any:
+    given = {"compilation_config": COMPILED, "additional_config": {"cpcompile": options or {}}, **arguments}
+    return EngineArgs(model=folder, dtype="float32", max_model_len=256, **given).create_engine_config()
+
+
+def saved(path: Path, axis: str, size: int) -> str:
+    Plan((AxisPlan(axis, size, "s0", "graph", "tp", "gloo", ()),)).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stratgy": "tp"}, "unknown option 'stratgy' (did you mean 'strategy'?)"),
+        ({"strategy": "hybrd"}, "strategy='hybrd' is not known (did you mean 'hybrid'?)"),
+        ({"axes": {}}, "additional_config['cpcompile']: axes is decided by vLLM's tensor_parallel_size: leave it out"),
+        ({"verify": "numeric"}, "verify='numeric' runs graphs on random data, without vLLM's caches: use 'static'"),
+        ("tp", "additional_config['cpcompile'] is 'tp': give a dict of options"),
+    ],
+)
+def test_a_mistaken_option_is_one_line(folder: str, options: Any, message: str, heard: list[str]) -> None:
+    with pytest.raises(OptionError) as raised:
+        configure(folder, options)
+    assert str(raised.value) == message
+
+
+def test_a_plan_of_other_ranks_is_one_line(folder: str, tmp_path: Path, heard: list[str]) -> None:
+    for axis, size, words in (
+        ("tp", 4, "is for tensor_parallel_size 4, found 1: make a new plan"),
+        ("ep", 1, "no axis 'tp'"),
+    ):
+        with pytest.raises(PlanError) as raised:
+            configure(folder, {"plan": saved(tmp_path / "plan.json", axis, size)})
+        assert words in str(raised.value) and "\n" not in str(raised.value)
+    with pytest.raises(PlanError, match=r"^cannot read the plan"):
+        configure(folder, {"plan": str(tmp_path / "absent.json")})
+
+
+def test_flags_alone_set_what_the_backend_needs(folder: str, heard: list[str]) -> None:
+    config = configure(folder, {"strategy": "tp"}, compilation_config={"backend": "cpcompile"})
+    assert config.compilation_config.mode == CompilationMode.DYNAMO_TRACE_ONCE
+    assert config.compilation_config.ir_enable_torch_wrap
+    assert [os.environ[name] for name in SET] == ["0", "0"]
+    assert any("set VLLM_USE_AOT_COMPILE=0" in line for line in heard)
+    assert isinstance(config.compilation_config.init_backend(config), Entry)
+    assert not [line for line in heard if line.startswith("WARNING")]
+
+
+def test_options_version_and_plan_are_in_the_key_of_the_compile_cache(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: list[str]
+) -> None:
+    plan = saved(tmp_path / "plan.json", "tp", 1)
+    first = configure(folder, {"plan": plan})
+    assert first.additional_config[IDENTITY]["version"]
+    hashes = {first.compute_hash(), configure(folder, {"plan": plan, "strategy": "tp"}).compute_hash()}
+    Path(plan).write_text(Path(plan).read_text() + " ")
+    hashes.add(configure(folder, {"plan": plan}).compute_hash())
+    monkeypatch.setattr("cpcompile.serving.vllm_settings._version", lambda: "another")
+    hashes.add(configure(folder, {"plan": plan}).compute_hash())
+    assert len(hashes) == 4
+
+
+@pytest.mark.parametrize("why", ["enforce_eager", "VLLM_USE_BREAKABLE_CUDAGRAPH", "TORCH_COMPILE_DISABLE"])
+def test_a_configuration_that_vllm_rewrites_is_told(
+    folder: str, why: str, monkeypatch: pytest.MonkeyPatch, heard: list[str]
+) -> None:
+    if why == "enforce_eager":
+        configure(folder, enforce_eager=True)
+    else:
+        monkeypatch.setenv(why, "1")
+        configure(folder)
+    (line,) = [line for line in heard if line.startswith("WARNING")]
+    assert "cpcompile will NOT be called" in line and "mode NONE" in line and why in line
+
+
+def test_a_backend_that_was_not_called_is_told(heard: list[str]) -> None:
+    Entry.tell_if_not_called_since(Entry.calls)
+    Entry.tell_if_not_called_since(Entry.calls - 1)
+    (line,) = heard
+    assert line.startswith("WARNING cpcompile was NEVER called")
+
+
+def test_other_backends_are_left_alone(folder: str, heard: list[str]) -> None:
+    config = configure(folder, {"stratgy": 1}, compilation_config={"mode": "DYNAMO_TRACE_ONCE", "backend": "eager"})
+    assert config.compilation_config.backend == "eager" and IDENTITY not in config.additional_config
+    assert config.compilation_config.init_backend(config) == "eager"
+    assert not heard and not set(SET) & os.environ.keys()
+    assert json.dumps(config.additional_config) == '{"cpcompile": {"stratgy": 1}}'
