@@ -120,7 +120,7 @@ def transposed(remove_noop_ops: bool) -> float:
 
     import torchair
 
-    from cpcompile.lowering.ascend.bound_inputs import program
+    from cpcompile.lowering.ascend.bound_inputs import RankGraph
     from cpcompile.lowering.ascend.export import export
 
     x = torch.arange(24.0).view(2, 12)
@@ -132,7 +132,7 @@ def transposed(remove_noop_ops: bool) -> float:
     config.experimental_config.remove_noop_ops = remove_noop_ops
     with tempfile.TemporaryDirectory() as folder:
         export(trace.gm, Path(folder), Settings(compiler_config=config), [{"source": i.name} for i in trace.inputs])
-        ((found,),) = interpret([program(Path(folder), {trace.inputs[0].name: x})])
+        ((found,),) = interpret([RankGraph.read(Path(folder)).program({trace.inputs[0].name: x})])
     return (found - (x * 2).view(2, 3, 4).permute(1, 0, 2).reshape(-1) - 1).abs().max().item()
 
 

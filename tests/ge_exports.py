@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ def model_of(kind: str, layers: int, dtype: torch.dtype, **changes: Any) -> Any:
     return make(kind, dtype, layers, **({"index_n_heads": 32} if kind == "v32" else {}), **changes)
 
 
+@functools.lru_cache(maxsize=1)
 def traces(kind: str, size: int, layers: int, dtype: torch.dtype, **changes: Any) -> SharedRanks:
-    """Every rank's trace, made of the first one's."""
+    """Every rank's trace, made of the first one's; kept, as a test exports one model in two ways."""
 
     def make_sharded(mesh: Any) -> Any:
         return models.shard(model_of(kind, layers, dtype, **changes), mesh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from typer.testing import CliRunner
 
 from cpcompile.cli import app
-from cpcompile.lowering.ascend.bound_inputs import program
+from cpcompile.lowering.ascend.bound_inputs import RankGraph
 from cpcompile.lowering.ge import interpret
 
 TARGETS = Path(ge_targets.__file__)
@@ -39,9 +40,15 @@ def state(model: Any) -> dict[str, Tensor]:
     return {n: (v.to_local() if isinstance(v, DTensor) else v).detach() for n, v in every}
 
 
+@functools.cache
+def rank_of(folder: Path) -> RankGraph:
+    """Read once for all token counts."""
+    return RankGraph.read(folder)
+
+
 def run(folder: Path, given: Sequence[Mapping[str, Tensor | int]]) -> list[list[Tensor]]:
     """What each rank returns for what it is given."""
-    return interpret([program(folder / f"rank_{rank}", own) for rank, own in enumerate(given)])
+    return interpret([rank_of(folder / f"rank_{rank}").program(own) for rank, own in enumerate(given)])
 
 
 def summary(folder: Path, rank: int) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +13,50 @@ from torch import Tensor
 
 from cpcompile.lowering.ascend.ge_graph import MODEL, SUMMARY
 from cpcompile.lowering.ge.executor import GeProgram
-from cpcompile.lowering.ge.graph import GeError, GeOp
+from cpcompile.lowering.ge.graph import GeError, GeGraph, GeOp
 from cpcompile.lowering.ge.loader import load
 from cpcompile.passes.weight_cuts import Cut, cut_tensor
 
 
-def program(folder: Path, given: Mapping[str, Tensor | int]) -> GeProgram:
-    """The graph of one rank's folder with its inputs.
+@dataclass(frozen=True)
+class RankGraph:
+    """One rank's exported GE graph.
 
     Args:
-        folder: what ``export`` wrote.
-        given: source of an input, as the summary calls it → its value on this rank: a weight that ranks share is given
-            whole, and cut here. There may be more than the graph takes.
-
-    Raises:
-        GeError: an input is not given, or the graph's inputs are not those of the summary, in its order.
+        graph: what ``export`` wrote.
+        rows: the summary's row of each of its inputs, in order.
     """
-    graph = load(folder / MODEL)
-    rows = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["inputs"]
-    if [op.name for op in graph.inputs] != [row["name"] for row in rows]:
-        pairs = zip(graph.inputs, rows, strict=False)
-        where = next((i for i, (op, row) in enumerate(pairs) if op.name != row["name"]), len(rows))
-        raise GeError(f"{folder}: input {where} of the graph is not the one of {SUMMARY}: export both again")
-    return GeProgram(graph, [_value(op, row, given) for op, row in zip(graph.inputs, rows, strict=True)])
+
+    graph: GeGraph
+    rows: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> RankGraph:
+        """The graph in one rank's folder.
+
+        Raises:
+            GeError: the graph's inputs are not those of the summary, in its order.
+        """
+        graph = load(folder / MODEL)
+        rows = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["inputs"]
+        if [op.name for op in graph.inputs] != [row["name"] for row in rows]:
+            pairs = zip(graph.inputs, rows, strict=False)
+            where = next((i for i, (op, row) in enumerate(pairs) if op.name != row["name"]), len(rows))
+            raise GeError(f"{folder}: input {where} of the graph is not the one of {SUMMARY}: export both again")
+        return cls(graph, rows)
+
+    def program(self, given: Mapping[str, Tensor | int]) -> GeProgram:
+        """The graph with its inputs.
+
+        Args:
+            given: source of an input, as the summary calls it → its value on this rank: a weight that ranks share is
+                given whole, and cut here. There may be more than the graph takes.
+
+        Raises:
+            GeError: an input is not given.
+        """
+        pairs = zip(self.graph.inputs, self.rows, strict=True)
+        return GeProgram(self.graph, [_value(op, row, given) for op, row in pairs])
 
 
 def _value(op: GeOp, row: Mapping[str, Any], given: Mapping[str, Tensor | int]) -> Tensor | int:
