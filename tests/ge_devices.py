@@ -13,6 +13,7 @@ import torch
 import torch.fx as fx
 from ge_exports import token_inputs
 from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cpcompile.capture import capture
 from cpcompile.lowering.ascend import conversion
@@ -111,6 +112,18 @@ def configured(target: str, mode: str) -> None:
     values = [node.meta["val"] for node in trace.gm.graph.find_nodes(op="placeholder")]
     with host_for_device():
         lower(target, trace.gm, values, Settings(compiler_config=config))
+
+
+def captured(op: str) -> list[str]:
+    """Compile a graph of one ATen op of a tensor for target ``npugraph_ex``; returns what torchair was asked for."""
+    graph = fx.Graph()
+    given = graph.placeholder("x")
+    with FakeTensorMode():
+        given.meta["val"] = torch.ones(1)
+    graph.output((graph.call_function(getattr(aten, op).default, (given,)),))
+    with host_for_device() as asked, patch("torch_npu.npu.current_device", lambda: 0):
+        lower("npugraph_ex", fx.GraphModule({}, graph), [given.meta["val"]])
+    return [str(node.target) for gm in asked["graphs"] for node in gm.graph.nodes]
 
 
 def transposed(remove_noop_ops: bool) -> float:

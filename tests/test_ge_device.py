@@ -6,7 +6,7 @@ import ge_targets
 import pytest
 import torch
 from ascend_process import AscendProcess
-from ge_devices import configured, on_device, transposed
+from ge_devices import captured, configured, on_device, transposed
 
 from cpcompile.errors import AscendError
 
@@ -30,6 +30,17 @@ def test_torchair_compiles_and_runs_the_model(ascend: AscendProcess, mode: str) 
 def test_a_configuration_of_another_mode_is_refused(ascend: AscendProcess, target: str, mode: str, wanted: str) -> None:
     with pytest.raises(AscendError, match=f"^compiler_config has mode '{mode}': target '{target}' needs '{wanted}'$"):
         ascend(configured, target, mode)
+
+
+@pytest.mark.parametrize("op", ["nonzero", "_local_scalar_dense"])
+def test_a_value_that_the_host_waits_for_is_not_captured(ascend: AscendProcess, op: str) -> None:
+    message = rf"^aten\.{op}\.default \({op}\w*\) brings a value to the host, .* use target 'torchair'$"
+    with pytest.raises(AscendError, match=message):
+        ascend(captured, op)
+
+
+def test_what_needs_no_host_is_captured(ascend: AscendProcess) -> None:
+    assert ascend(captured, "neg") == ["x", "aten.neg.default", "output"]
 
 
 @pytest.mark.parametrize("remove_noop_ops", [False, True])

@@ -63,39 +63,45 @@ def is_model(folder: Path, kind: str, counts: Sequence[int], weights: Sequence[M
         torch.testing.assert_close(found, ge_targets.logits(kind, count), rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    ("kind", "size", "layout"),
-    [("v3", 2, "contiguous"), ("v3", 4, "zigzag"), ("v32", 2, "zigzag"), ("v32", 4, "contiguous")],
-)
-def test_context_parallel(ascend: AscendProcess, tmp_path: Path, kind: str, size: int, layout: str) -> None:
-    cp = ["--axis", f"cp={size}", "--strategy", "cp", "--layout", layout, "--replicated", "*"]
+@pytest.mark.parametrize(("kind", "layout"), [("v3", "contiguous"), ("v32", "zigzag")])
+def test_context_parallel(ascend: AscendProcess, tmp_path: Path, kind: str, layout: str) -> None:
+    cp = ["--axis", "cp=2", "--strategy", "cp", "--layout", layout, "--replicated", "*"]
     sparse = ["--sparse-attention"] if kind == "v32" else []
     ascend(lower, f"{TARGETS}:{kind}", *cp, *sparse, "-o", tmp_path)
     for tokens in TOKENS:
-        is_model(tmp_path, kind, [tokens] * size, [state(ge_targets.model(kind))] * size)
+        is_model(tmp_path, kind, [tokens] * 2, [state(ge_targets.model(kind))] * 2)
 
 
-@pytest.mark.parametrize("tokens", [7, 16])
-def test_context_parallel_of_one_number_of_tokens(ascend: AscendProcess, tmp_path: Path, tokens: int) -> None:
-    given = ["--axis", "cp=2", "--strategy", "cp", "--replicated", "*", "--static", "--tokens", tokens]
-    ascend(lower, f"{TARGETS}:v3", *given, "-o", tmp_path)
+def test_tensor_parallel_for_one_number_of_tokens(ascend: AscendProcess, tmp_path: Path) -> None:
+    tp = ["--axis", "tp=2", "--strategy", "tp", "--static", "--tokens", 16]
+    ascend(lower, f"{TARGETS}:v32", *tp, "--sparse-attention", "-o", tmp_path)
     for rank in range(2):
         shapes = [row["shape"] for row in summary(tmp_path, rank)["inputs"]]
-        assert [1, tokens] in shapes and not any(-1 in shape for shape in shapes)
-    is_model(tmp_path, "v3", [tokens] * 2, [state(ge_targets.model("v3"))] * 2)
+        assert [1, 16] in shapes and not any(-1 in shape for shape in shapes)
+    is_model(tmp_path, "v32", [16] * 2, sharded("v32", 2))
+
+
+def sharded(kind: str, size: int) -> list[dict[str, Tensor]]:
+    """Each rank's weights of a tensor-parallel model."""
+    found = []
+    for rank in range(size):
+        with fake_rank(rank, size) as mesh:
+            found.append(state(ge_targets.model(kind, mesh)))
+    return found
 
 
 MODULES = "embedding=2,o_proj=2,mlp=2,lm_head=2"
 
 
-def test_modules_of_two_replicas(ascend: AscendProcess, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["v3", "v32"])
+def test_modules_of_two_replicas(ascend: AscendProcess, tmp_path: Path, kind: str) -> None:
     """Weights are given whole: the summary says which part a rank has."""
-    ascend(lower, f"{TARGETS}:v3", "--modules", MODULES, "--group-tokens", 34, "-o", tmp_path)
+    ascend(lower, f"{TARGETS}:{kind}", "--modules", MODULES, "--group-tokens", 34, "-o", tmp_path)
     rows = summary(tmp_path, 1)["inputs"]
     (head,) = [row for row in rows if row["source"] == "lm_head.weight"]
     assert head["shape"] == [48, 64] and head["part"] == {"dim": 0, "segments": 1, "parts": 2, "index": 1}
     for counts in [(7, 7), (33, 1), (16, 7)]:
-        is_model(tmp_path, "v3", counts, [state(ge_targets.model("v3"))] * 2)
+        is_model(tmp_path, kind, counts, [state(ge_targets.model(kind))] * 2)
 
 
 def test_modules_of_two_tensor_parallel_replicas(ascend: AscendProcess, tmp_path: Path) -> None:
@@ -104,10 +110,7 @@ def test_modules_of_two_tensor_parallel_replicas(ascend: AscendProcess, tmp_path
     ascend(lower, f"{TARGETS}:v3", *given, "-o", tmp_path)
     groups = [{tuple(row["ranks"]) for row in summary(tmp_path, rank)["collectives"]} for rank in range(4)]
     assert groups == [{(0, 1), (0, 2)}, {(0, 1), (1, 3)}, {(2, 3), (0, 2)}, {(2, 3), (1, 3)}]
-    weights = []
-    for rank in range(4):
-        with fake_rank(rank % 2, 2) as mesh:
-            weights.append(state(ge_targets.model("v3", mesh)))
+    weights = sharded("v3", 2) * 2
     for tokens in TOKENS:
         is_model(tmp_path, "v3", [tokens] * 4, weights)
 
@@ -130,12 +133,7 @@ STEPS = {1: [1], 7: [3, 4], 16: [1, 9, 6], 33: [20, 13]}  # tokens → of each r
 
 @pytest.mark.parametrize(
     ("target", "size", "layout"),
-    [
-        ("serving", 2, "zigzag"),
-        ("serving", 4, "contiguous"),
-        ("serving_one", 2, "contiguous"),
-        ("serving_dense", 2, "contiguous"),
-    ],
+    [("serving", 2, "zigzag"), ("serving_one", 2, "contiguous"), ("serving_dense", 2, "contiguous")],
 )
 def test_the_serving_form(ascend: AscendProcess, tmp_path: Path, target: str, size: int, layout: str) -> None:
     """Every rank's logits and the caches that it wrote, from caches with a prefix of each request."""
