@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ class RankGraph:
         """
         graph = load(folder / MODEL)
         rows = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["inputs"]
-        if [op.name for op in graph.inputs] != [row["name"] for row in rows]:
-            pairs = zip(graph.inputs, rows, strict=False)
-            where = next((i for i, (op, row) in enumerate(pairs) if op.name != row["name"]), len(rows))
+        names, told = [op.name for op in graph.inputs], [row["name"] for row in rows]
+        if names != told:
+            where = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(names, told, strict=False))))
             raise GeError(f"{folder}: input {where} of the graph is not the one of {SUMMARY}: export both again")
         return cls(graph, rows)
 
