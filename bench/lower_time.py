@@ -12,7 +12,7 @@ import json
 import multiprocessing as mp
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ HEADINGS = ("model", "layers", "nodes", "trace, s", "rewrite, s", "T", "lowering
 MORE_HEADINGS = ("GE ops", "unsupported", "graph, MiB", "over the trace, GiB")
 
 
-def measure(kind: str, layers: int, ranks: int, tokens: int) -> list[dict[str, Any]]:
+def measure(kind: str, layers: int, ranks: int, tokens: int) -> Iterator[dict[str, Any]]:
     """Lower one full-size model of ``layers`` layers at TP ``ranks``: a row for any T, and one for ``tokens``.
 
     Times in seconds, memory in GiB; ``lowering_s`` is of the GE graph alone, ``rewrite_s`` of the plan and its proof.
@@ -36,7 +36,6 @@ def measure(kind: str, layers: int, ranks: int, tokens: int) -> list[dict[str, A
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     prepare("ge-export")
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         _config(kind, layers).save_pretrained(folder)
         trace_s, context = _timed(lambda: trace_target(folder, {"tp": ranks}))
@@ -58,8 +57,7 @@ def measure(kind: str, layers: int, ranks: int, tokens: int) -> list[dict[str, A
                 row |= {"rewrite_s": rewrite_s, "tokens": tokens if static else "any"}
                 row |= _lowered(compiled, found.trace.inputs, tokens, static, Path(folder) / "out")
                 row["over_trace_gib"] = max(peak, row.pop("peak")) - traced
-                rows.append({**row, "trace_gib": traced})
-    return rows
+                yield {**row, "trace_gib": traced}
 
 
 def _config(kind: str, layers: int) -> Any:
@@ -101,7 +99,8 @@ def _resident(name: str) -> float:
 
 
 def _worker(connection: Any, *case: Any) -> None:
-    connection.send(measure(*case))
+    for row in measure(*case):
+        connection.send(row)
 
 
 def main() -> int:
@@ -123,8 +122,8 @@ def main() -> int:
             process = context.Process(target=_worker, args=case)
             process.start()
             sender.close()
-            for row in receiver.recv():
-                rows.append(row)
+            for _ in range(2):
+                rows.append(row := receiver.recv())
                 print(_line(row), flush=True)
             process.join()
             if arguments.json:

@@ -44,7 +44,8 @@ def lower(
 ) -> None:
     """Rewrite TARGET and write every rank's GE graph: dynamo.pbtxt, model.pb, options.json, summary.json.
 
-    With --modules there are as many replicas of the mesh as the largest P, and each replica's ranks follow the last's.
+    With --modules there are as many replicas of the mesh as the largest P, and each replica's ranks follow the last's;
+    a model from a function says with --replicated which of its weights replicas have alike.
     Needs torch_npu and a C compiler, and neither CANN nor an NPU. Exit code 1 if an op could not be lowered.
     """
     from cpcompile.errors import OptionError
@@ -58,10 +59,8 @@ def lower(
         raise OptionError(f"--target {to!r}: only 'ge-export' writes graphs; others run them, in torch.compile")
     given: dict[str, Any] = {"strategy": strategy, "layout": layout, "profile": profile}
     given |= {"sparse_attention": sparse_attention, "modules": parse_patterns(module)}
-    given["group_tokens"] = int(group_tokens) if group_tokens.isdecimal() else group_tokens
+    given["group_tokens"] = _group_tokens(group_tokens)
     Options.parse(given)
-    if group_tokens == "exchange":
-        raise OptionError("--group-tokens exchange: a GE graph cannot read a number off a tensor: equal, or a number")
     sizes, replicas = _replicas(modules)
     each = math.prod(parse_axes(axis).values())
     ranks = rank or list(range(replicas * each))
@@ -70,7 +69,7 @@ def lower(
     prepare(to)
     from cpcompile.lowering.ascend.whole_model import lower_rank
 
-    missing = False
+    settings, missing = Settings(mc2=mc2, uneven_collectives=uneven), False
     for number in ranks:
         with traced(target, axis, number, replicas) as found:
             if not found.alive:
@@ -79,13 +78,20 @@ def lower(
                 options = Options.parse({**given, "replicated": (*found.replicated, *replicated)})
                 compiled = compile_trace(found.trace, options, found.axes, replica_groups(sizes, each))
                 folder = output / f"rank_{number}"
-                settings = Settings(mc2=mc2, uneven_collectives=uneven)
                 done = lower_rank(compiled, found.trace.inputs, tokens, static, folder, settings)
             for line in done.lines():
                 typer.echo(line)
             missing = missing or bool(done.unsupported)
     if missing:
         raise typer.Exit(1)
+
+
+def _group_tokens(text: str) -> str | int:
+    from cpcompile.errors import OptionError
+
+    if text == "exchange":
+        raise OptionError("--group-tokens exchange: a GE graph cannot read a number off a tensor: equal, or a number")
+    return int(text) if text.isdecimal() else text
 
 
 def _replicas(modules: str) -> tuple[dict[str, int], int]:

@@ -134,6 +134,7 @@ def fake_mesh(axes: Mapping[str, int], rank: int, replicas: int = 1) -> Iterator
         raise TraceError("a process group is initialised already: trace in a process of its own")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    _forget_meshes()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         if not axes:
@@ -148,6 +149,14 @@ def fake_mesh(axes: Mapping[str, int], rank: int, replicas: int = 1) -> Iterator
 
 
 # ---- a function ----------------------------------------------------------------------------------------------------
+
+
+def _forget_meshes() -> None:
+    """Clear what DTensor keeps by mesh: it takes parts of one mesh, of other ranks and other groups, for equal."""
+    from torch.distributed.tensor import debug
+
+    for name in ("_clear_sharding_prop_cache", "_clear_python_sharding_prop_cache"):
+        getattr(debug, name, lambda: None)()  # releases have the one or the other, and the first has all
 
 
 def _from_function(target: str, mesh: DeviceMesh | None) -> _Spec:

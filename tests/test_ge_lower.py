@@ -72,13 +72,17 @@ def test_context_parallel(ascend: AscendProcess, tmp_path: Path, kind: str, layo
         is_model(tmp_path, kind, [tokens] * 2, [state(ge_targets.model(kind))] * 2)
 
 
-def test_tensor_parallel_for_one_number_of_tokens(ascend: AscendProcess, tmp_path: Path) -> None:
-    tp = ["--axis", "tp=2", "--strategy", "tp", "--static", "--tokens", 16]
-    ascend(lower, f"{TARGETS}:v32", *tp, "--sparse-attention", "-o", tmp_path)
+@pytest.mark.parametrize(("kind", "tokens"), [("v3", 7), ("v32", 16)])
+def test_tensor_parallel_for_one_number_of_tokens(
+    ascend: AscendProcess, tmp_path: Path, kind: str, tokens: int
+) -> None:
+    tp = ["--axis", "tp=2", "--strategy", "tp", "--static", "--tokens", tokens]
+    sparse = ["--sparse-attention"] if kind == "v32" else []
+    ascend(lower, f"{TARGETS}:{kind}", *tp, *sparse, "-o", tmp_path)
     for rank in range(2):
         shapes = [row["shape"] for row in summary(tmp_path, rank)["inputs"]]
-        assert [1, 16] in shapes and not any(-1 in shape for shape in shapes)
-    is_model(tmp_path, "v32", [16] * 2, sharded("v32", 2))
+        assert [1, tokens] in shapes and not any(-1 in shape for shape in shapes)
+    is_model(tmp_path, kind, [tokens] * 2, sharded(kind, 2))
 
 
 def sharded(kind: str, size: int) -> list[dict[str, Tensor]]:
@@ -91,12 +95,13 @@ def sharded(kind: str, size: int) -> list[dict[str, Tensor]]:
 
 
 MODULES = "embedding=2,o_proj=2,mlp=2,lm_head=2"
+SAME = ("--replicated", "*")  # the weights of replicas
 
 
 @pytest.mark.parametrize("kind", ["v3", "v32"])
 def test_modules_of_two_replicas(ascend: AscendProcess, tmp_path: Path, kind: str) -> None:
     """Weights are given whole: the summary says which part a rank has."""
-    ascend(lower, f"{TARGETS}:{kind}", "--modules", MODULES, "--group-tokens", 34, "-o", tmp_path)
+    ascend(lower, f"{TARGETS}:{kind}", "--modules", MODULES, "--group-tokens", 34, *SAME, "-o", tmp_path)
     rows = summary(tmp_path, 1)["inputs"]
     (head,) = [row for row in rows if row["source"] == "lm_head.weight"]
     assert head["shape"] == [48, 64] and head["part"] == {"dim": 0, "segments": 1, "parts": 2, "index": 1}
@@ -106,7 +111,7 @@ def test_modules_of_two_replicas(ascend: AscendProcess, tmp_path: Path, kind: st
 
 def test_modules_of_two_tensor_parallel_replicas(ascend: AscendProcess, tmp_path: Path) -> None:
     """Ranks 0 and 1 are one replica, 2 and 3 the other: a module is shared by 0 and 2, and by 1 and 3."""
-    given = ["--axis", "tp=2", "--strategy", "tp", "--modules", "embedding=2,lm_head=2"]
+    given = ["--axis", "tp=2", "--strategy", "tp", "--modules", "embedding=2,lm_head=2", *SAME]
     ascend(lower, f"{TARGETS}:v3", *given, "-o", tmp_path)
     groups = [{tuple(row["ranks"]) for row in summary(tmp_path, rank)["collectives"]} for rank in range(4)]
     assert groups == [{(0, 1), (0, 2)}, {(0, 1), (1, 3)}, {(2, 3), (0, 2)}, {(2, 3), (1, 3)}]

@@ -16,6 +16,7 @@ from cpcompile.lowering.ascend.ge_graph import GeSummary
 from cpcompile.lowering.targets import Settings
 from cpcompile.module_tp import Sharing
 from cpcompile.passes.specialise import sizes_for, specialise
+from cpcompile.report import ModuleRow
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class Lowered:
         folder: where it is.
         summary: what is in it.
         unsupported: what is not.
+        kept: modules that were to be shared and are not.
     """
 
     folder: Path
     summary: GeSummary
     unsupported: list[Unsupported]
+    kept: Sequence[ModuleRow] = ()
 
     def lines(self) -> Iterator[str]:
         """The summary for people."""
@@ -44,6 +47,8 @@ class Lowered:
         for (op, module), count in Counter((u.op, u.module) for u in self.unsupported).items():
             first = next(u for u in self.unsupported if (u.op, u.module) == (op, module))
             yield f"  NOT LOWERED: {count} {op} in {module or 'no module'}: {remedy(first)}"
+        for row in self.kept:
+            yield f"  NOT SHARED: {row.role} {row.module}: {row.reason}"
 
 
 def lower_rank(
@@ -67,7 +72,8 @@ def lower_rank(
     if static:
         gm = specialise(gm, sizes_for(gm, compiled.tokens, tokens))
     summary, unsupported = export(gm, folder, settings, known_of(compiled, inputs))
-    return Lowered(folder, summary, unsupported)
+    rows = compiled.sharing.rows if compiled.sharing else []
+    return Lowered(folder, summary, unsupported, [row for row in rows if row.decision == "keep"])
 
 
 def known_of(compiled: Compiled, inputs: Sequence[GraphInput]) -> list[dict[str, Any]]:
