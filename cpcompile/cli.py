@@ -19,6 +19,8 @@ from cpcompile.cli_groups import groups
 from cpcompile.cli_plan import plan, plan_diff
 from cpcompile.cli_shared import (
     AxisOption,
+    ModuleOption,
+    ModulesOption,
     RankOption,
     ReplicatedOption,
     TargetArgument,
@@ -92,13 +94,8 @@ def explain(
     sparse_attention: Annotated[
         bool, typer.Option("--sparse-attention", help="Recognise DeepSeek sparse attention.")
     ] = False,
-    modules: Annotated[
-        str, typer.Option(metavar="ROLE=P,...", help="Modules that P replicas share: o_proj, lm_head, embedding, mlp.")
-    ] = "",
-    module: Annotated[
-        list[str],
-        typer.Option(metavar="ROLE=PATTERN", help="Modules of a role, by name instead of dataflow; none=PATTERN."),
-    ] = [],  # noqa: B006
+    modules: ModulesOption = "",
+    module: ModuleOption = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     save_plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan there.")] = None,
     verify: Annotated[Verify, typer.Option(help="How rewritten graphs are checked.")] = Verify.static,

@@ -32,6 +32,13 @@ ReplicatedOption = Annotated[
         "--replicated", metavar="PATTERN", help="Inputs that are the same on every rank; '!PATTERN' says not."
     ),
 ]
+ModulesOption = Annotated[
+    str, typer.Option(metavar="ROLE=P,...", help="Modules that P replicas share: o_proj, lm_head, embedding, mlp.")
+]
+ModuleOption = Annotated[
+    list[str],
+    typer.Option(metavar="ROLE=PATTERN", help="Modules of a role, by name instead of dataflow; none=PATTERN."),
+]
 
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -49,11 +56,11 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def traced(target: str, axis: list[str], rank: int) -> Iterator[Target]:
-    """Trace ``target`` as ``rank``, and keep its process groups while the block lasts."""
+def traced(target: str, axis: list[str], rank: int, replicas: int = 1) -> Iterator[Target]:
+    """Trace ``target`` as ``rank``, and keep its process groups while the block lasts; see ``trace_target``."""
     from cpcompile.model_spec import parse_axes, trace_target
 
-    axes = parse_axes(axis, rank)
+    axes = parse_axes(axis, rank, replicas)
     # What torch logs of a failed trace is in the error that we raise.
     logger = logging.getLogger("torch")
     level = logger.level
@@ -61,7 +68,7 @@ def traced(target: str, axis: list[str], rank: int) -> Iterator[Target]:
     try:
         with ExitStack() as stack:
             with status("tracing the model (dynamo, AOT)"):
-                found = stack.enter_context(trace_target(target, axes, rank))
+                found = stack.enter_context(trace_target(target, axes, rank, replicas))
             yield found
     finally:
         logger.setLevel(level)

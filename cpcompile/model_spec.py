@@ -26,6 +26,7 @@ from cpcompile.model_shapes import read_json
 from cpcompile.trace_file import SUFFIX, load_trace
 
 EXAMPLE_TOKENS = 16  # the trace is symbolic in it
+REPLICA = "replica"  # the mesh dim of whole copies of a model
 
 # Attention that the library's own plan for V3 leaves whole, and the embedding, by the end of the module's name.
 _PLAN_ADDITIONS = {
@@ -62,8 +63,8 @@ class _Spec:
     replicated: tuple[str, ...] = ()
 
 
-def parse_axes(texts: Sequence[str], rank: int = 0) -> dict[str, int]:
-    """``["tp=16"]`` as ``{"tp": 16}``, and a check that ``rank`` is one of these ranks.
+def parse_axes(texts: Sequence[str], rank: int = 0, replicas: int = 1) -> dict[str, int]:
+    """``["tp=16"]`` as ``{"tp": 16}``, and a check that ``rank`` is one of these ranks, of which there are replicas.
 
     Raises:
         OptionError: a text is not ``name=size``, a size is no integer of at least 2, a name comes twice.
@@ -79,15 +80,16 @@ def parse_axes(texts: Sequence[str], rank: int = 0) -> dict[str, int]:
         if name in axes:
             raise OptionError(f"--axis {text!r}: axis {name!r} is given twice")
         axes[name] = int(size)
-    world = math.prod(axes.values())
+    world = replicas * math.prod(axes.values())
     if not 0 <= rank < world:
         mesh = ", ".join(f"{name}={size}" for name, size in axes.items()) or "of one rank, for no --axis is given"
+        mesh = f"{mesh}; {replicas} of it" if replicas > 1 else mesh
         raise AxisError(f"--rank {rank} is out of range: the mesh ({mesh}) has ranks 0 to {world - 1}")
     return axes
 
 
 @contextmanager
-def trace_target(target: str, axes: Mapping[str, int], rank: int = 0) -> Iterator[Target]:
+def trace_target(target: str, axes: Mapping[str, int], rank: int = 0, replicas: int = 1) -> Iterator[Target]:
     """Trace what ``target`` names as rank ``rank`` of the mesh ``axes``; needs no other process and no accelerator.
 
     The fake process group lives as long as the block: facts of DTensors are read off their meshes.
@@ -95,7 +97,8 @@ def trace_target(target: str, axes: Mapping[str, int], rank: int = 0) -> Iterato
     Args:
         target: ``file.py:function``, ``package.module:function``, a directory with ``config.json``, or a trace file.
         axes: mesh axis name → number of ranks.
-        rank: this rank's number in the mesh, row-major.
+        rank: this rank's number in the mesh, row-major; among all ranks, where there are replicas of it.
+        replicas: how many such meshes there are, one after another.
 
     Raises:
         TraceError: the target cannot be found, built, sharded or traced.
@@ -111,30 +114,49 @@ def trace_target(target: str, axes: Mapping[str, int], rank: int = 0) -> Iterato
         saved = load_trace(path)
         yield Target(saved.trace, saved.axes, saved.replicated, alive=False)
         return
-    with fake_mesh(axes, rank) as mesh:
+    with fake_mesh(axes, rank, replicas) as mesh:
         spec = _from_directory(path, mesh) if path.is_dir() else _from_function(target, mesh)
         trace = capture(spec.model, *spec.args, **spec.kwargs)
         yield Target(trace, [axis_of(name, mesh[name]) for name in axes] if mesh else [], spec.replicated)
 
 
 @contextmanager
-def fake_mesh(axes: Mapping[str, int], rank: int) -> Iterator[DeviceMesh | None]:
-    """This process as one rank of a mesh whose other ranks do not exist; collectives do nothing. None without axes."""
-    if not axes:
+def fake_mesh(axes: Mapping[str, int], rank: int, replicas: int = 1) -> Iterator[DeviceMesh | None]:
+    """This process as one rank of a mesh whose other ranks do not exist; collectives do nothing. None without axes.
+
+    Of ``replicas`` such meshes, it is the one that ``rank``, counted through all of them, is in.
+    """
+    world = replicas * math.prod(axes.values())
+    if world == 1:
         yield None
         return
     if dist.is_initialized():
         raise TraceError("a process group is initialised already: trace in a process of its own")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=math.prod(axes.values()))
+    _forget_meshes()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
-        yield init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+        if not axes:
+            yield None
+        elif replicas == 1:
+            yield init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+        else:
+            names = (REPLICA, *axes)
+            yield init_device_mesh("cpu", (replicas, *axes.values()), mesh_dim_names=names)[tuple(axes)]
     finally:
         dist.destroy_process_group()
 
 
 # ---- a function ----------------------------------------------------------------------------------------------------
+
+
+def _forget_meshes() -> None:
+    """Clear what DTensor keeps by mesh: it takes parts of one mesh, of other ranks and other groups, for equal."""
+    from torch.distributed.tensor import debug
+
+    for name in ("_clear_sharding_prop_cache", "_clear_python_sharding_prop_cache"):
+        getattr(debug, name, lambda: None)()  # releases have the one or the other, and the first has all
 
 
 def _from_function(target: str, mesh: DeviceMesh | None) -> _Spec:
@@ -198,13 +220,18 @@ def _checked(target: str, result: object) -> _Spec:
 
 
 def _from_directory(directory: Path, mesh: DeviceMesh | None) -> _Spec:
-    """A model of the transformers library from its ``config.json``, on the meta device, tensor-parallel over ``tp``."""
+    """A model of the transformers library from its ``config.json``, on the meta device.
+
+    It is tensor-parallel over ``tp``, and whole on the ranks of ``cp``.
+    """
     keep_transformers_off()
     config = _read_config(directory)
-    for name in (mesh.mesh_dim_names if mesh is not None else None) or ():
-        if name != "tp":
+    names = (mesh.mesh_dim_names if mesh is not None else None) or ()
+    for name in names:
+        if name not in ("tp", "cp"):
             raise AxisError(
-                f"a model from a configuration is sharded over the axis 'tp' only, found {name!r}; use --axis tp=N"
+                "a model from a configuration is sharded over the axis 'tp' only, and whole on the ranks of 'cp'; "
+                f"found {name!r}: use --axis tp=N or --axis cp=N"
             )
     from transformers import AutoModelForCausalLM
 
@@ -213,7 +240,7 @@ def _from_directory(directory: Path, mesh: DeviceMesh | None) -> _Spec:
             dtype = getattr(config, "dtype", None) or torch.bfloat16
             model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
             ids = torch.zeros(1, EXAMPLE_TOKENS, dtype=torch.int64)
-        replicated = ("*", *_shard(model, mesh["tp"])) if mesh is not None else ("*",)
+        replicated = ("*", *_shard(model, mesh["tp"])) if mesh is not None and "tp" in names else ("*",)
     except Exception as error:
         raise TraceError(
             f"{directory}: cannot build the model: {type(error).__name__}: {_first_line(error)}"

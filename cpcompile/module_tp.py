@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.distributed as dist
 import torch.fx as fx
 from torch._subclasses import FakeTensor
 
@@ -91,6 +92,22 @@ def replica_axes(sizes: Mapping[str, int], ranks: int, rank: int) -> dict[str, A
     """
     members = {role: tuple(rank + replica * ranks for replica in range(size)) for role, size in sizes.items()}
     return {r: Axis(f"{len(m)} replicas", f"{len(m)} replicas", len(m), 0, m) for r, m in members.items() if len(m) > 1}
+
+
+def replica_groups(sizes: Mapping[str, int], ranks: int) -> dict[str, Axis]:
+    """The same with process groups, of replicas that follow each other: those that this rank is in.
+
+    Args:
+        sizes: role → replicas.
+        ranks: ranks of one replica.
+    """
+    replica, own = divmod(dist.get_rank(), ranks)
+    found: dict[int, Axis] = {}
+    for size in sorted({size for size in sizes.values() if size > 1}):
+        first = replica - replica % size
+        group = dist.new_group([own + number * ranks for number in range(first, first + size)])
+        found[size] = axis_of(f"{size} replicas", group)
+    return {role: found[size] for role, size in sizes.items() if size > 1}
 
 
 @dataclass

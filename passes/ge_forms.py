@@ -25,12 +25,12 @@ class GeForms:
     """``aten::index_put``, ``aten::squeeze.dims``, ``aten::constant_pad_nd`` -> ``where``, ``squeeze.dim``, ``cat``.
 
     Before: a scalar put where a mask of the value's leading dims says; rows put where numbers say, as keys are into a
-    cache; several dims squeezed at once; rows appended whose number is an expression in the sizes; an all-to-all of
+    cache; several dims squeezed at once; rows appended; an all-to-all of
     rows.
     After: a choice between the value and the scalar; ``npu_scatter_nd_update``, whose numbers count from the first; one
     squeeze for each dim, from the last; a tensor of the rows; torchair's all-to-all of elements.
 
-    Refuses, with the reason, other puts, cutting rows off by an expression, and parts of unsaid sizes.
+    Refuses, with the reason, other puts, cutting rows off, and parts of unsaid sizes.
     """
 
     name = "ge-forms"
@@ -129,10 +129,9 @@ def _appended(node: fx.Node) -> fx.Node | str:
     given = arguments(node)
     made: fx.Node = given["self"]
     pads = given["pad"]
-    if not any(isinstance(pad, fx.Node) for pad in pads):
-        return node  # torchair has a converter for constants
+    # Torchair has a converter for constants, which gives GE's PadV3 a value that is not of the tensor's dtype.
     if any(isinstance(pad, int) and pad < 0 for pad in pads):
-        return "negative padding next to an expression"
+        return "negative padding"
     for pair, (before, behind) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
         dim = made.meta["val"].ndim - 1 - pair
         rows = [slices(node, made, dim, n, given["value"]) if n != 0 else None for n in (before, behind)]

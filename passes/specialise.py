@@ -63,22 +63,23 @@ def _given(value: Any, sizes: Mapping[Any, int], mode: FakeTensorMode) -> Any:
 
 
 def sizes_for(gm: fx.GraphModule, tokens: Expr | None, count: int) -> dict[sympy.Symbol, int]:
-    """The value of the graph's one symbol at ``count`` tokens.
+    """The value of the symbol that ``tokens`` is of at ``count`` tokens; of the others, what the traced example has.
 
     Raises:
-        OptionError: the graph has several symbols, or there is no such size.
+        OptionError: which symbol that is cannot be said, or there is no such size.
     """
-    symbols = set[Any]()
+    examples = dict[sympy.Symbol, int]()
     for node in gm.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         found = value.shape if isinstance(value, torch.Tensor) else [value] if isinstance(value, torch.SymInt) else []
-        symbols |= {symbol for size in found for symbol in size_expr(size).free_symbols}
-    if not symbols:
+        examples |= {size_expr(size): int(size.node.hint) for size in found if isinstance(size, torch.SymInt)}
+    if not examples:
         return {}
-    if len(symbols) > 1:
-        raise OptionError(f"a static graph of sizes {sorted(map(str, symbols))} is not determined by its token count")
-    (symbol,) = symbols
+    of = tokens.free_symbols if tokens is not None else set(examples)
+    if len(of) != 1:
+        raise OptionError(f"a static graph of sizes {sorted(map(str, examples))} is not determined by its token count")
+    (symbol,) = of
     values = sympy.solve((tokens if tokens is not None else symbol) - count, symbol)
     if len(values) != 1 or not values[0].is_Integer:
         raise OptionError(f"no size {symbol} makes {count} tokens of {tokens}")
-    return {symbol: int(values[0])}
+    return {**examples, symbol: int(values[0])}

@@ -68,6 +68,28 @@ def test_rows_appended_by_an_expression_are_concatenated(tokens: int) -> None:
     assert torch.equal(gm(given), torch.cat([given, torch.full((tokens, 2), 2.0)]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64])
+def test_rows_appended_by_a_number_are_of_the_tensor_s_dtype(dtype: torch.dtype) -> None:
+    """A pad of 0, as passes write it, is of int64 in torchair's PadV3, which takes one dtype alone."""
+    given = torch.arange(6).view(3, 2).to(dtype)
+    gm = traced(lambda v: aten.constant_pad_nd(v, [0, 1, 2, 0], 0), given)
+    assert GeForms()(gm).rewrites == 1
+    assert "aten.constant_pad_nd.default" not in targets(gm)
+    parts = [part for cat in gm.graph.find_nodes(op="call_function", target=aten.cat.default) for part in cat.args[0]]
+    assert len(parts) == 4 and all(part.meta["val"].dtype == dtype for part in parts)
+    assert torch.equal(gm(given), torch.nn.functional.pad(given, (0, 1, 2, 0)))
+
+
+def test_no_rows_appended_is_nothing() -> None:
+    gm = traced(lambda v: aten.constant_pad_nd(v, [0, 0, 0, 0], 0) + 1, x)
+    assert GeForms()(gm).rewrites == 1 and targets(gm) == ["aten.add.Tensor"]
+
+
+def test_rows_cut_off_are_refused() -> None:
+    gm = traced(lambda v: aten.constant_pad_nd(v, [0, -1], 0), x)
+    assert [refusal.reason for refusal in GeForms()(gm).refusals] == ["negative padding"]
+
+
 def rows_put(value: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     return aten.index_put(value, [index], rows)
 

@@ -17,7 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from cpcompile.errors import AscendError
+from cpcompile.lowering.ascend.converters import register_missing
 from cpcompile.lowering.ascend.installation import find, import_torchair
+from cpcompile.lowering.ascend.transpositions import copy_before_reshapes
 from cpcompile.lowering.used_inputs import used_inputs
 from cpcompile.passes.describe import module_of
 
@@ -67,9 +69,11 @@ def convert(gm: fx.GraphModule, config: Any = None) -> Converted:
         AscendError: torch_npu is missing or does not fit.
     """
     torchair = import_torchair("ge-export", device=False)
+    register_missing(torchair)
     values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
     moved, used = used_inputs(gm, values)
     to_device(moved, _OFF_HOST)
+    copy_before_reshapes(moved)
     inputs = [_input(values[index]) for index in used]
     result = Converted(used=used)
     with contextlib.ExitStack() as stack:

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.fx as fx
 
 from cpcompile.errors import AscendError
 from cpcompile.lowering.ascend.conversion import Unsupported, collecting, ge_config, require_all
+from cpcompile.lowering.ascend.converters import register_missing
 from cpcompile.lowering.ascend.forms import to_ascend
 from cpcompile.lowering.ascend.installation import import_torchair
+from cpcompile.lowering.ascend.transpositions import copy_before_reshapes
 from cpcompile.lowering.targets import BoxedCallable, Settings
 from cpcompile.lowering.used_inputs import used_inputs
+from cpcompile.passes.describe import module_of
 
 GE_MODE = "max-autotune"
+HOST_READS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 CAPTURE_MODES = ("npugraph_ex", "reduce-overhead")  # the name in this release and in earlier ones
 
 
@@ -28,6 +33,7 @@ def lower_torchair(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: 
     config = settings.compiler_config if settings.compiler_config is not None else ge_config(torchair)
     if config.mode.value != GE_MODE:
         raise AscendError(f"compiler_config has mode {config.mode.value!r}: target 'torchair' needs {GE_MODE!r}")
+    register_missing(torchair)
     unsupported: list[Unsupported] = []
     with collecting(unsupported):
         lowered = _compile(torchair, gm, example_inputs, config, settings)
@@ -39,13 +45,26 @@ def lower_npugraph_ex(gm: fx.GraphModule, example_inputs: Sequence[Any], setting
     """Compile ``gm`` to a captured graph of kernels.
 
     Raises:
-        AscendError: torch_npu or an NPU is missing, or the configuration is for another target.
+        AscendError: torch_npu or an NPU is missing, the configuration is for another target, or an op's result has a
+            size that its inputs' values decide.
     """
     torchair = import_torchair("npugraph_ex", device=True)
     config = settings.compiler_config if settings.compiler_config is not None else capture_config(torchair)
     if config.mode.value not in CAPTURE_MODES:
         raise AscendError(f"compiler_config has mode {config.mode.value!r}: target 'npugraph_ex' needs 'npugraph_ex'")
+    _check_capturable(gm)
     return _compile(torchair, gm, example_inputs, config, settings)
+
+
+def _check_capturable(gm: fx.GraphModule) -> None:
+    """Refuse what stops a capture: the host would wait for a value of the device, which computes nothing yet."""
+    for node in gm.graph.nodes:
+        if HOST_READS.intersection(getattr(node.target, "tags", ())):
+            where = f" in {module_of(node)}" if module_of(node) else ""
+            raise AscendError(
+                f"{node.target} ({node.name}{where}) brings a value to the host, which a captured graph cannot: "
+                "write it with sizes that are known without, or use target 'torchair'"
+            )
 
 
 def capture_config(torchair: Any) -> Any:
@@ -66,6 +85,7 @@ def _compile(
     inner, used = used_inputs(gm, example_inputs)
     for _ in to_ascend(inner, settings):
         pass
+    copy_before_reshapes(inner)
     compiled = torchair.get_compiler(config)(inner, [example_inputs[i] for i in used])
 
     def boxed(args: list[Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,16 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings)
     return exported
 
 
-def export(gm: fx.GraphModule, folder: Path, settings: Settings) -> tuple[GeSummary, list[Any]]:
+def export(
+    gm: fx.GraphModule, folder: Path, settings: Settings, known: Sequence[Mapping[str, Any]] = ()
+) -> tuple[GeSummary, list[Any]]:
     """Write ``gm`` as a GE graph to ``folder``; returns its summary and what has no place in it.
+
+    Args:
+        gm: the pipeline's graph; not changed.
+        folder: where to write.
+        settings: what the target is told.
+        known: what the summary is to say of each input of ``gm``, its ``source`` among it.
 
     Raises:
         AscendError: torch_npu is missing or does not fit, or the trace serves some sizes only.
@@ -49,4 +57,4 @@ def export(gm: fx.GraphModule, folder: Path, settings: Settings) -> tuple[GeSumm
         for _ in to_ascend(own, settings):
             pass
     converted = convert(own, settings.compiler_config)
-    return write(folder, own, converted), converted.unsupported
+    return write(folder, own, converted, known), converted.unsupported

@@ -28,7 +28,8 @@ class GeSummary:
         collectives: a row for each: ``op``, its ``group`` and the ``ranks`` of that, what it ``sends`` as an expression
             in the graph's sizes, in bytes, and the ``module`` that it comes from.
         inputs: a row for each input of the GE graph, in order: its ``name`` there, its number ``of`` the traced graph's
-            inputs, ``dtype`` and ``shape``.
+            inputs, ``dtype`` and ``shape``; and what the exporter was told of that one, such as its ``source``, the
+            model's name for it. Of sizes that are packed in one input, ``of`` and ``source`` are lists.
         outputs: a row for each output of the traced graph: its number ``of`` the GE graph's outputs, or what it is.
         bytes: length of the serialised graph.
         unsupported: ops without a converter: ``node``, ``op``, ``module``, ``reason``.
@@ -46,32 +47,42 @@ class GeSummary:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
-def summarise(gm: fx.GraphModule, converted: Converted) -> GeSummary:
-    """Summarise the GE graph that ``gm`` became."""
+def summarise(gm: fx.GraphModule, converted: Converted, known: Sequence[Mapping[str, Any]] = ()) -> GeSummary:
+    """Summarise the GE graph that ``gm`` became; ``known`` has more to say of each input of ``gm``."""
     concrete = converted.concrete
     graph = concrete.graph
     return GeSummary(
         dict(sorted(Counter(op.type for op in graph.op).items(), key=lambda item: (-item[1], item[0]))),
         _collectives(gm, graph),
-        _inputs(converted),
+        _inputs(gm, converted, known),
         _outputs(converted),
         len(graph.SerializeToString()),
         [vars(u) for u in converted.unsupported],
     )
 
 
-def write(folder: Path, gm: fx.GraphModule, converted: Converted) -> GeSummary:
+def write(folder: Path, gm: fx.GraphModule, converted: Converted, known: Sequence[Mapping[str, Any]] = ()) -> GeSummary:
     """Write the graph as text and serialised, the options for GE, and the summary, to ``folder``."""
-    from torchair._ge_concrete_graph import fx2ge_converter
-
     folder.mkdir(parents=True, exist_ok=True)
     concrete = converted.concrete
     concrete.dump(str(folder / TEXT))
     (folder / MODEL).write_bytes(concrete.graph.SerializeToString())
-    fx2ge_converter._generate_export_options_config(*concrete._normalize_ge_option(), str(folder))
-    summary = summarise(gm, converted)
+    _write_options(folder, *concrete._normalize_ge_option())
+    summary = summarise(gm, converted, known)
     (folder / SUMMARY).write_text(json.dumps(summary.to_dict(), indent=1) + "\n", encoding="utf-8")
     return summary
+
+
+def _write_options(folder: Path, of_graph: Mapping[str, Any], of_all: Mapping[str, Any]) -> None:
+    from torchair._ge_concrete_graph import fx2ge_converter
+
+    writer = getattr(fx2ge_converter, "_generate_export_options_config", None)
+    if writer is not None:
+        writer(of_graph, of_all, str(folder))
+        return
+    # Releases before 2.13 have none, and no list of which options GE takes at compile or at execution time.
+    options = {"compile options": {"global": dict(of_all), "session": dict(of_all), "graph": dict(of_graph)}}
+    (folder / OPTIONS).write_text(json.dumps(options, indent=4) + "\n", encoding="utf-8")
 
 
 def _collectives(gm: fx.GraphModule, graph: Any) -> list[dict[str, Any]]:
@@ -108,14 +119,20 @@ def _bytes(node: fx.Node) -> Any:
     return product([size_expr(size) for size in value.shape]) * value.element_size()
 
 
-def _inputs(converted: Converted) -> list[dict[str, Any]]:
+def _inputs(gm: fx.GraphModule, converted: Converted, known: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     concrete = converted.concrete
+    names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
     data = {op.attr["index"].i: op for op in concrete.graph.op if op.type in ("Data", "RefData")}
     rows = []
     for index, info in enumerate(concrete._input_info_list):
         packed = getattr(info.func, "fx_input_idx_list", None)  # sizes as one tensor
         of: Any = [converted.used[i] for i in packed] if packed else converted.used[info.func.fx_input_idx]
-        rows.append({"name": data[index].name, "of": of, "shape": list(info.shape), "dtype": _dtype(data[index])})
+        row = {"name": data[index].name, "of": of, "shape": list(info.shape), "dtype": _dtype(data[index])}
+        if not packed:
+            assert row["name"] == names[of], f"input {index} is called {row['name']} and takes {names[of]}"
+        if known:
+            row |= {"source": [known[i]["source"] for i in of]} if packed else known[of]
+        rows.append(row)
     return rows
 
 
