@@ -27,6 +27,8 @@ OPAQUE: Mapping[str, str] = {
     "vllm::moe_forward": _ROUTES,
     "vllm::moe_forward_shared": _ROUTES,
     "_C::cpu_fused_moe": _ROUTES,
+    "cpcompile_sglang::attention": "SGLang's RadixAttention writes and reads a cache, by the whole batch's lengths",
+    "cpcompile_sglang::experts": _ROUTES,
 }
 
 #: Ops that write to an argument which other ops read without naming it: a clone of it would go unread.
