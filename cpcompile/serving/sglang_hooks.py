@@ -109,6 +109,7 @@ def _radix_attention(original: Callable[..., Any], layer: Any, q: Any, k: Any, v
         return original(layer, q, k, v, *rest, **more)
     save = more.pop("save_kv_cache", rest[1] if len(rest) > 1 else True)
     given = {name: value for name, value in more.items() if isinstance(value, Tensor)}
+    _check_rest(layer, *rest[2:], *(value for name, value in more.items() if name not in given))
     width = layer.tp_q_head_num * layer.v_head_dim
     name = getattr(layer, _NAME)
     op = torch.ops.cpcompile_sglang.attention
@@ -118,8 +119,17 @@ def _radix_attention(original: Callable[..., Any], layer: Any, q: Any, k: Any, v
 def _fused_moe(original: Callable[..., Any], layer: Any, hidden: Any, topk: Any, *rest: Any, **more: Any) -> Any:
     if not torch.compiler.is_compiling():
         return original(layer, hidden, topk, *rest, **more)
+    _check_rest(layer, *rest, *more.values())
     op = torch.ops.cpcompile_sglang.experts
     return op(hidden, topk.topk_weights, topk.topk_ids, topk.router_logits, getattr(layer, _NAME))
+
+
+def _check_rest(layer: Any, *rest: Any) -> None:
+    """Refuse arguments that no opaque op carries."""
+    if any(value is not None for value in rest):
+        raise NotImplementedError(
+            f"{getattr(layer, _NAME)}: called with arguments that cpcompile does not know under SGLang"
+        )
 
 
 def _bmm(original: Callable[..., Tensor], left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:

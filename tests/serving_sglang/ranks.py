@@ -21,7 +21,7 @@ LIMIT_S = 600.0
 class Done:
     """What a job's ranks wrote, everything that each printed, and how each ended."""
 
-    told: list[list[dict[str, Any]]]
+    told: list[dict[str, Any]]
     logs: list[str]
     codes: list[int]
 

@@ -1,7 +1,8 @@
 """One rank of SGLang: its scheduler, its model runner and its process groups, driven step by step.
 
 ``serve.py JOB.json RANK``. The job: ``flags`` of the server, ``ranks``, ``port``, ``arrivals`` (a prompt and the step
-at which it arrives), ``new_tokens``, and ``out``: rank r writes ``out.r``. With ``drop`` all-reduces do nothing.
+at which it arrives), ``new_tokens``, and ``out``: rank r writes ``out.r``. With ``drop`` it answers a second time, with
+all-reduces that do nothing.
 """
 
 from __future__ import annotations
@@ -35,8 +36,13 @@ SWITCHES = ("--skip-tokenizer-init", "--disable-overlap-schedule", "--disable-ra
 def main() -> None:
     job, rank = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
     scheduler = start(job, rank)
-    answers = generate(scheduler, job)
-    Path(f"{job['out']}.{rank}").write_text(json.dumps(answers))
+    told = {"answers": generate(scheduler, job)}
+    if job.get("drop"):
+        from sglang.srt.distributed.parallel_state import GroupCoordinator
+
+        GroupCoordinator.all_reduce = lambda self, x: x
+        told["dropped"] = generate(scheduler, job)
+    Path(f"{job['out']}.{rank}").write_text(json.dumps(told))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # the scheduler's threads wait for a server
@@ -55,10 +61,6 @@ def start(job: dict[str, Any], rank: int) -> Any:
     world_rank = scheduler.spawn_world_rank(args, tp_rank=rank, pp_rank=0)
     where = scheduler.SpawnRanks(world_rank=world_rank, dp_rank=None, gpu_id=rank)
     scheduler.publish(args, role="scheduler", ranks=where)
-    if job.get("drop"):
-        from sglang.srt.distributed.parallel_state import GroupCoordinator
-
-        GroupCoordinator.all_reduce = lambda self, x: x
     return scheduler.Scheduler(args, PortArgs.init_new(args))
 
 
