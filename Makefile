@@ -10,11 +10,15 @@ VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_INSTALL := $(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt
 VLLM := $(VLLM_VENV)/.installed
+SGLANG_VENV := .venv-sglang
+SGLANG_BIN := $(SGLANG_VENV)/bin
+SGLANG_INSTALL := $(SGLANG_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-sglang.txt
+SGLANG := $(SGLANG_VENV)/.installed
 
 # Torch_npu is for the tests that lower to Ascend alone, which look for it in $(VENV)/ascend: on the path of all, PyTorch and
 # the transformers library would import it, and that fails where CANN is not installed.
 
-.PHONY: demo test test-vllm lint bench clean
+.PHONY: demo test test-vllm test-sglang lint bench clean
 
 demo: $(DEMO)
 	$(BIN)/python examples/demo.py
@@ -26,6 +30,10 @@ test: lint
 test-vllm: $(VLLM)
 	$(VLLM_BIN)/python -m pytest -q tests/serving
 
+# Real SGLang on the CPU, the same way. Without tests/conftest.py, which imports transformers before torchvision is mended.
+test-sglang: $(SGLANG)
+	$(SGLANG_BIN)/python -m pytest -q --confcutdir tests/serving_sglang tests/serving_sglang
+
 lint: $(TEST)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,7 +43,7 @@ bench: $(DEMO)
 	$(BIN)/python -m bench
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) build *.egg-info
 
 # pip, not python, marks a whole environment: a venv that fails half-way leaves python behind.
 $(BIN)/pip:
@@ -60,4 +68,13 @@ $(VLLM): pyproject.toml constraints-vllm.txt tests/serving/requirements.txt test
 	$(VLLM_INSTALL) --no-deps -e .
 	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
 		--target $(VLLM_VENV)/ascend -r tests/serving/ascend-requirements.txt
+	touch $@
+
+$(SGLANG_BIN)/pip:
+	$(PYTHON) -m venv $(SGLANG_VENV)
+
+$(SGLANG): pyproject.toml constraints-sglang.txt tests/serving_sglang/requirements.txt | $(SGLANG_BIN)/pip
+	$(SGLANG_INSTALL) -r tests/serving_sglang/requirements.txt
+	$(SGLANG_INSTALL) --no-deps compressed-tensors torchvision xgrammar sglang
+	$(SGLANG_INSTALL) --no-deps -e .
 	touch $@

@@ -28,6 +28,11 @@ OPAQUE: Mapping[str, str] = {
     "vllm::moe_forward_shared": _ROUTES,
     "_C::cpu_fused_moe": _ROUTES,
 }
+#: What stands for SGLang's modules in its graphs (``cpcompile/serving/sglang_hooks.py``).
+_SGLANG: Mapping[str, str] = {
+    "cpcompile_sglang::attention": "it writes and reads a cache that the batch holds, by the whole batch's lengths",
+    "cpcompile_sglang::experts": _ROUTES,
+}
 
 #: Ops that write to an argument which other ops read without naming it: a clone of it would go unread.
 _READ_ELSEWHERE = frozenset({"vllm::sparse_attn_indexer"})
@@ -45,7 +50,8 @@ def inner_op(node: fx.Node) -> object:
 def why_whole(node: fx.Node) -> str:
     """Why a call of an op that is in no table needs all rows."""
     name = op_name(inner_op(node))
-    return f"{name}: {OPAQUE[name]}" if name in OPAQUE else ""
+    reason = OPAQUE.get(name) or _SGLANG.get(name)
+    return f"{name}: {reason}" if reason else ""
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ def test_wheel_works_from_another_directory(wheel: Path, tmp_path: Path) -> None
     printed = run(sys.executable, "-c", PROBE, target, cwd=elsewhere, PYTHONPATH=str(target))
     assert printed.splitlines() == [
         "console_scripts cpcompile cpcompile.cli:app",
+        "sglang.srt.plugins cpcompile cpcompile.serving.sglang_plugin:register",
         "torch_dynamo_backends cpcompile cpcompile.backend:cpcompile_backend",
         "vllm.general_plugins cpcompile cpcompile.serving.vllm_plugin:register",
     ]

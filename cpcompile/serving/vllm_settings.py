@@ -43,25 +43,34 @@ def read_options(additional_config: Any, tensor_parallel_size: int) -> dict[str,
         PlanError: ``plan`` cannot be read, or was made for another tensor-parallel size.
     """
     given = additional_config.get(NAME, {}) if isinstance(additional_config, Mapping) else {}
+    where = f"additional_config[{NAME!r}]"
+    return check_options(given, where, "vLLM", DECIDED, ("tensor_parallel_size", tensor_parallel_size))
+
+
+def check_options(
+    given: Any, where: str, server: str, decided: Mapping[str, str], tp: tuple[str, int]
+) -> dict[str, Any]:
+    """What a user gave to ``server`` as ``where``, checked; ``tp``: its name of the tensor-parallel size, and that."""
     if not isinstance(given, Mapping):
-        raise OptionError(f"additional_config[{NAME!r}] is {given!r}: give a dict of options")
+        raise OptionError(f"{where} is {given!r}: give a dict of options")
     for name in given:
-        if name in DECIDED:
-            raise OptionError(f"additional_config[{NAME!r}]: {name} is decided by {DECIDED[name]}: leave it out")
+        if name in decided:
+            raise OptionError(f"{where}: {name} is decided by {decided[name]}: leave it out")
     if Options.parse(given).verify == "numeric":
-        raise OptionError("verify='numeric' runs graphs on random data, without vLLM's caches: use 'static'")
+        raise OptionError(f"verify='numeric' runs graphs on random data, without {server}'s caches: use 'static'")
     if given.get("plan") is not None:
-        _check_plan(str(given["plan"]), tensor_parallel_size)
+        _check_plan(str(given["plan"]), *tp)
     return dict(given)
 
 
-def _check_plan(path: str, tensor_parallel_size: int) -> None:
+def _check_plan(path: str, size_name: str, ranks: int) -> None:
     sizes = {axis.axis: axis.size for axis in Plan.load(path).axes}
     if "tp" not in sizes:
-        raise PlanError(f"the plan {path} has no axis 'tp'{nearest('tp', sizes)}: make it with cpcompile under vLLM")
-    if sizes["tp"] != tensor_parallel_size:
-        found = f"is for tensor_parallel_size {sizes['tp']}, found {tensor_parallel_size}"
-        raise PlanError(f"the plan {path} {found}: make a new plan")
+        raise PlanError(
+            f"the plan {path} has no axis 'tp'{nearest('tp', sizes)}: make it with cpcompile in this server"
+        )
+    if sizes["tp"] != ranks:
+        raise PlanError(f"the plan {path} is for {size_name} {sizes['tp']}, found {ranks}: make a new plan")
 
 
 def check_ranks(parallel_config: Any, world: int, tp_ranks: Sequence[int]) -> None:

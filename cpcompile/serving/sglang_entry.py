@@ -1,0 +1,70 @@
+"""The backend as SGLang's models call it: with the process groups that SGLang has made."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.fx as fx
+
+from cpcompile.backend import cpcompile_backend
+from cpcompile.serving.sglang_hooks import Batch, name_modules
+
+log = logging.getLogger("cpcompile")
+
+
+class Entry:
+    """Dynamo's backend for a model of SGLang's.
+
+    Args:
+        options: what the user gave, checked.
+    """
+
+    calls: ClassVar[int] = 0
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        """Remember the options."""
+        self.options = options
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
+        """Compile one dynamo graph."""
+        from sglang.srt.runtime_context import get_parallel
+
+        Entry.calls += 1
+        tp = get_parallel().tp_group
+        axes = {"tp": tp.device_group} if tp.world_size > 1 else {}
+        return cpcompile_backend(gm, example_inputs, options={**self.options, "axes": axes})
+
+
+def compile_model(model: torch.nn.Module, options: Mapping[str, Any]) -> None:
+    """Compile the body of ``model``, all but ``lm_head``, from its next call on."""
+    from sglang.srt.models.deepseek_v2 import DeepseekV2ForCausalLM
+
+    if not isinstance(model, DeepseekV2ForCausalLM):
+        log.warning("cpcompile will NOT be called: %s is not one of SGLang's DeepSeek models", type(model).__name__)
+        return
+    name_modules(model)
+    body: Any = model.model
+    compiled = torch.compile(body.forward, backend=Entry(options), dynamic=True, fullgraph=True)
+    body.forward = with_batch(compiled)
+
+
+def with_batch(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """``compiled``, a model's forward, with its batch where opaque ops find it; says so if it was not compiled."""
+    told = False
+
+    @torch.no_grad()
+    def forward(input_ids: Any, positions: Any, forward_batch: Any, *rest: Any, **more: Any) -> Any:
+        nonlocal told
+        Batch.current, calls = forward_batch, Entry.calls
+        try:
+            return compiled(input_ids, positions, forward_batch, *rest, **more)
+        finally:
+            Batch.current = None
+            if not told and Entry.calls == calls:
+                log.warning("cpcompile was NEVER called: this model runs uncompiled (look for TORCH_COMPILE_DISABLE)")
+            told = True
+
+    return forward

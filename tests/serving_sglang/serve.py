@@ -1,0 +1,113 @@
+"""One rank of SGLang: its scheduler, its model runner and its process groups, driven step by step.
+
+``serve.py JOB.json RANK``. The job: ``flags`` of the server, ``ranks``, ``port``, ``arrivals`` (a prompt and the step
+at which it arrives), ``new_tokens``, and ``out``: rank r writes ``out.r``. With ``drop`` it answers a second time, with
+all-reduces that do nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from array import array
+from pathlib import Path
+from typing import Any
+
+import native_cpu  # noqa: F401  before SGLang
+import torch
+
+COMMON = {
+    "--device": "cpu",
+    "--dtype": "float32",
+    "--context-length": "256",
+    "--max-total-tokens": "2048",
+    "--max-running-requests": "8",
+    "--attention-backend": "torch_native",
+    "--sampling-backend": "pytorch",
+    "--grammar-backend": "none",
+    "--random-seed": "0",
+    "--cuda-graph-backend-decode": "disabled",
+    "--cuda-graph-backend-prefill": "disabled",
+}
+SWITCHES = ("--skip-tokenizer-init", "--disable-overlap-schedule", "--disable-radix-cache", "--skip-server-warmup")
+
+
+def main() -> None:
+    job, rank = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
+    scheduler = start(job, rank)
+    told = {"answers": generate(scheduler, job)}
+    if job.get("drop"):
+        from sglang.srt.distributed.parallel_state import GroupCoordinator
+
+        GroupCoordinator.all_reduce = lambda self, x: x
+        told["dropped"] = generate(scheduler, job)
+    Path(f"{job['out']}.{rank}").write_text(json.dumps(told))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the scheduler's threads wait for a server
+
+
+def start(job: dict[str, Any], rank: int) -> Any:
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.managers import scheduler
+    from sglang.srt.server_args import PortArgs, prepare_server_args
+
+    given = {**COMMON, "--tp-size": str(job["ranks"]), "--nccl-port": str(job["port"]), **job["flags"]}
+    args = prepare_server_args([*SWITCHES, *(word for pair in given.items() for word in pair)])
+    args.resolve_once()
+    world_rank = scheduler.spawn_world_rank(args, tp_rank=rank, pp_rank=0)
+    where = scheduler.SpawnRanks(world_rank=world_rank, dp_rank=None, gpu_id=rank)
+    scheduler.publish(args, role="scheduler", ranks=where)
+    return scheduler.Scheduler(args, PortArgs.init_new(args))
+
+
+@torch.no_grad()
+def generate(scheduler: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tokens and their log-probabilities, in the order of the arrivals."""
+    waiting, requests, step = dict(enumerate(job["arrivals"])), {}, 0
+    while waiting or any(not request.finished() for request in requests.values()):
+        for number in [n for n, (_, when) in waiting.items() if when <= step]:
+            requests[number] = arrive(scheduler, str(number), waiting.pop(number)[0], job["new_tokens"])
+        # The body of Scheduler.event_loop_normal.
+        plan = scheduler.get_next_batch_to_run(running_batch=scheduler.running_batch, last_batch=scheduler.last_batch)
+        scheduler.running_batch, batch = plan.running_batch, plan.batch_to_run
+        if batch:
+            scheduler.process_batch_result(batch, scheduler.run_batch(batch))
+        scheduler.last_batch = batch
+        step += 1
+    return [
+        {"tokens": list(r.output_ids), "logprobs": list(r.logprob.output_token_logprobs_val)}
+        for _, r in sorted(requests.items())
+    ]
+
+
+def arrive(scheduler: Any, name: str, prompt: list[int], new_tokens: int) -> Any:
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_new_tokens=new_tokens, ignore_eos=True)
+    params.normalize(None)
+    request = TokenizedGenerateReqInput(
+        rid=name,
+        input_text=None,
+        input_ids=array("q", prompt),
+        input_embeds=None,
+        mm_inputs=None,
+        token_type_ids=None,
+        sampling_params=params,
+        return_logprob=True,
+        logprob_start_len=-1,
+        top_logprobs_num=0,
+        token_ids_logprob=None,
+        stream=False,
+    )
+    scheduler.process_input_requests([request])
+    (found,) = [r for r in scheduler.waiting_queue if r.rid == name]
+    return found
+
+
+if __name__ == "__main__":
+    main()
