@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from model_folder import make_folder
-from processes import COMPILED
+from processes import COMPILED, IN_PIECES
 from vllm.config import CompilationMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
@@ -21,7 +21,7 @@ from cpcompile.plan import AxisPlan, Plan
 from cpcompile.serving.vllm_entry import Entry
 from cpcompile.serving.vllm_settings import IDENTITY
 
-SET = ("VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_USE_AOT_COMPILE")
+SET = ("VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_USE_AOT_COMPILE", "VLLM_DISABLE_COMPILE_CACHE")
 
 
 class Heard(logging.Handler):
@@ -93,7 +93,7 @@ def test_flags_alone_set_what_the_backend_needs(folder: str, heard: list[str]) -
     config = configure(folder, {"strategy": "tp"}, compilation_config={"backend": "cpcompile"})
     assert config.compilation_config.mode == CompilationMode.DYNAMO_TRACE_ONCE
     assert config.compilation_config.ir_enable_torch_wrap
-    assert [os.environ[name] for name in SET] == ["0", "0"]
+    assert [os.environ.get(name) for name in SET] == ["0", "0", None]
     assert any("set VLLM_USE_AOT_COMPILE=0" in line for line in heard)
     assert isinstance(config.compilation_config.init_backend(config), Entry)
     assert not [line for line in heard if line.startswith("WARNING")]
@@ -124,6 +124,19 @@ def test_a_configuration_that_vllm_rewrites_is_told(
         configure(folder)
     (line,) = [line for line in heard if line.startswith("WARNING")]
     assert "cpcompile will NOT be called" in line and "mode NONE" in line and why in line
+
+
+def test_pieces_that_the_platform_does_not_compile_are_told(folder: str, heard: list[str]) -> None:
+    """A CPU: vLLM traces the model once instead, and calls no pass."""
+    configure(folder, compilation_config=IN_PIECES)
+    (line,) = [line for line in heard if line.startswith("WARNING")]
+    assert "cpcompile will NOT be called" in line and "mode DYNAMO_TRACE_ONCE with backend" in line
+
+
+def test_a_pass_in_our_place_is_one_line(folder: str, heard: list[str]) -> None:
+    taken = {**IN_PIECES, "inductor_compile_config": {"post_grad_custom_post_pass": lambda graph: None}}
+    with pytest.raises(OptionError, match=r"^inductor_passes has a post_grad_custom_post_pass already"):
+        configure(folder, compilation_config=taken)
 
 
 def test_a_backend_that_was_not_called_is_told(heard: list[str]) -> None:
