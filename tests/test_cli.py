@@ -201,7 +201,7 @@ def test_wrong_configurations(tmp_path, config):
     fails("has no 'hidden_size'", "explain", tmp_path)
     path.write_text(json.dumps({**good, "num_hidden_layers": "two"}))
     fails("num_hidden_layers", "explain", tmp_path)
-    fails("over the axis 'tp' only, found 'tpp'", "explain", config, "--axis", "tpp=2")
+    fails("over the axis 'tp' only, and whole on the ranks of 'cp'; found 'tpp'", "explain", config, "--axis", "tpp=2")
 
 
 def test_wrong_uses_of_a_trace(trace, tmp_path):
