@@ -29,7 +29,7 @@ from cpcompile.options import Options
 from cpcompile.passes.collectives import op_name
 from cpcompile.pipeline import compile_graph, copy_graph
 from cpcompile.replication import structure_fingerprint
-from cpcompile.serving.vllm_settings import NAME, identity
+from cpcompile.serving.settings import NAME, identity
 
 log = logging.getLogger("cpcompile")
 aten = torch.ops.aten

@@ -9,8 +9,8 @@ import functools
 import logging
 from typing import Any
 
+from cpcompile.serving.settings import plain
 from cpcompile.serving.sglang_settings import FLAG, read_options
-from cpcompile.serving.vllm_settings import plain
 
 log = logging.getLogger("cpcompile")
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cpcompile.errors import OptionError
-from cpcompile.serving.vllm_settings import NAME, check_options
+from cpcompile.serving.settings import NAME, check_options
 
 FLAG = "--json-model-override-args"
 WHERE = f"{FLAG}[{NAME!r}]"

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cpcompile.serving.vllm_settings import IDENTITY, NAME
+from cpcompile.serving.settings import NAME
+from cpcompile.serving.vllm_settings import IDENTITY
 
 MODES = "mode VLLM_COMPILE with cudagraph_mode PIECEWISE and no backend"
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from cpcompile.errors import OptionError
 from cpcompile.serving import vllm_ascend
+from cpcompile.serving.settings import NAME, identity, plain
 from cpcompile.serving.vllm_entry import Entry
-from cpcompile.serving.vllm_settings import IDENTITY, NAME, asks_for_us, identity, names_us, plain, read_options
+from cpcompile.serving.vllm_settings import IDENTITY, asks_for_us, names_us, read_options
 
 log = logging.getLogger("cpcompile")
 _HOOKED = "__cpcompile_hook__"

@@ -1,0 +1,64 @@
+"""What a user gives to a server for cpcompile, checked before anything is loaded; nothing here imports a server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpcompile.errors import OptionError, PlanError, nearest
+from cpcompile.options import Options
+from cpcompile.plan import Plan
+
+NAME = "cpcompile"
+
+
+def check_options(
+    given: Any, where: str, server: str, decided: Mapping[str, str], tp: tuple[str, int]
+) -> dict[str, Any]:
+    """What a user gave to ``server`` as ``where``, checked; ``tp``: its name of the tensor-parallel size, and that."""
+    if not isinstance(given, Mapping):
+        raise OptionError(f"{where} is {given!r}: give a dict of options")
+    for name in given:
+        if name in decided:
+            raise OptionError(f"{where}: {name} is decided by {decided[name]}: leave it out")
+    if Options.parse(given).verify == "numeric":
+        raise OptionError(f"verify='numeric' runs graphs on random data, without {server}'s caches: use 'static'")
+    if given.get("plan") is not None:
+        _check_plan(str(given["plan"]), *tp)
+    return dict(given)
+
+
+def _check_plan(path: str, size_name: str, ranks: int) -> None:
+    sizes = {axis.axis: axis.size for axis in Plan.load(path).axes}
+    if "tp" not in sizes:
+        raise PlanError(
+            f"the plan {path} has no axis 'tp'{nearest('tp', sizes)}: make it with cpcompile in this server"
+        )
+    if sizes["tp"] != ranks:
+        raise PlanError(f"the plan {path} is for {size_name} {sizes['tp']}, found {ranks}: make a new plan")
+
+
+def identity(options: Mapping[str, Any]) -> dict[str, str]:
+    """What compiled code depends on besides ``options``: it goes into vLLM's compile-cache key."""
+    found = {"version": _version(), "torch": torch.__version__}
+    if options.get("plan") is not None:
+        found["plan"] = hashlib.sha256(Path(str(options["plan"])).read_bytes()).hexdigest()
+    return found
+
+
+def _version() -> str:
+    try:
+        return version(NAME)
+    except PackageNotFoundError:
+        return "uninstalled"
+
+
+def plain(options: Mapping[str, Any]) -> str:
+    """Options as one line, for logs."""
+    return json.dumps(dict(options), sort_keys=True, default=str)
