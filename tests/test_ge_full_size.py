@@ -33,8 +33,8 @@ def rows(kind: str, strategies: Sequence[str]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("kind", "strategies"),
     [
-        ("v3", ["tp"]),
-        ("v32", ["off", "tp"]),
+        ("v3", ["off"]),
+        ("v32", ["tp"]),
         ("v32", ["cp", "modules"]),
         ("serving", ["tp"]),
         ("serving", ["cp", "modules"]),
