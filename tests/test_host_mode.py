@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from cpcompile.cli import app
 from cpcompile.errors import AscendError
-from cpcompile.lowering.ascend import cuda_builds
+from cpcompile.lowering.ascend import cuda_builds, installation
 from cpcompile.lowering.ascend.host_libraries import build, missing_libraries, source_code
 from cpcompile.lowering.ascend.installation import Installation, import_torchair
 
@@ -87,6 +87,14 @@ def test_a_missing_npu_is_one_line() -> None:
     assert replace(GOOD, cann=True).no_device() == "torch_npu sees no NPU: run npu-smi info"
     assert GOOD.no_host_mode() == ""
     assert replace(GOOD, compiler="").no_host_mode().endswith("install gcc")
+
+
+def test_no_room_beside_cuda_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installation, "find", lambda: replace(GOOD, cuda="13.0"))
+    monkeypatch.setattr(installation, "load_host_libraries", lambda: None)
+    monkeypatch.setattr(installation, "forget_allocator_settings", lambda: False)
+    with pytest.raises(AscendError, match=r"^target 'ge-export': torch 2.13.0\+cpu is a build for CUDA, .* CPU build"):
+        import_torchair("ge-export", device=False)
 
 
 def names_of_allocator_settings() -> tuple[int, bool, int]:
