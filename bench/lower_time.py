@@ -3,6 +3,7 @@
 ``python -m bench.lower_time [--models v3,v32,serving] [--layers 2,8,16,32,61] [--strategies off,tp,cp,modules]
 [--ranks 16] [--tokens 16384] [--json FILE]``. A model is traced once for the strategies that start from one graph, in a
 process of its own; each strategy is a fork of it: rank 0's graph for any T, and then the one for ``--tokens`` alone.
+Memory is the most that the fork held, over what it began with.
 """
 
 from __future__ import annotations
