@@ -15,6 +15,7 @@ from cpcompile.errors import OptionError
 from cpcompile.serving import vllm_ascend
 from cpcompile.serving.settings import NAME, identity, plain
 from cpcompile.serving.vllm_entry import Entry
+from cpcompile.serving.vllm_modules import check_modules, make_groups
 from cpcompile.serving.vllm_settings import IDENTITY, asks_for_us, names_us, read_options
 
 log = logging.getLogger("cpcompile")
@@ -89,6 +90,7 @@ def _create_engine_config(original: Callable[..., Any], args: Any, *rest: Any, *
     changed = _set_environment(in_pieces)
     args.additional_config = {**(args.additional_config or {}), IDENTITY: identity(options)}
     config = original(args, *rest, **kwargs)
+    check_modules(options, config)
     _log_as_vllm()
     for line in changed:
         log.info("cpcompile: %s", line)
@@ -177,6 +179,9 @@ def _init_device(original: Callable[..., Any], wrapper: Any, *args: Any, **kwarg
         _reduce_out_of_place()
     result = original(wrapper, *args, **kwargs)
     if ours:
+        config = wrapper.vllm_config
+        options = read_options(config.additional_config, config.parallel_config.tensor_parallel_size)
+        Entry.groups = make_groups(options, config)
         warm_up, calls = wrapper.worker.compile_or_warm_up_model, Entry.calls
 
         @functools.wraps(warm_up)
