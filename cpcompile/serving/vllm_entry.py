@@ -60,5 +60,5 @@ def tensor_parallel_axes(vllm_config: Any) -> dict[str, Any]:
     from vllm.distributed import get_tp_group
 
     tp = get_tp_group()
-    check_ranks(vllm_config.parallel_config, torch.distributed.get_world_size(), tp.ranks)
+    check_ranks(vllm_config.parallel_config, torch.distributed.get_world_size(), {"tp": tp.ranks})
     return {"tp": tp.device_group} if tp.world_size > 1 else {}

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed import ProcessGroup
 
 from cpcompile.errors import OptionError
@@ -19,7 +20,7 @@ from cpcompile.mesh.groups import MODEL
 from cpcompile.mesh.process_groups import ProcessGroups
 from cpcompile.options import MODULE_SIZES, Options
 from cpcompile.passes.row_groups import EQUAL, EXCHANGE
-from cpcompile.serving.vllm_settings import sizes_of
+from cpcompile.serving.vllm_settings import check_ranks, sizes_of
 
 _LM_HEAD = "lmhead_tensor_parallel_size"
 
@@ -32,8 +33,13 @@ def module_sizes(options: Options) -> dict[str, Any]:
     return {**found, "shared_weight": True} if options.layer_sharding else found
 
 
-def check_modules(given: Mapping[str, Any], vllm_config: Any) -> None:
+def check_modules(given: Mapping[str, Any], vllm_config: Any, in_pieces: bool = False) -> None:
     """Check, before anything is loaded, that vLLM can run what the options ``given`` want shared.
+
+    Args:
+        given: our options.
+        vllm_config: vLLM's configuration.
+        in_pieces: the model is compiled in pieces, each without the model's weights.
 
     Raises:
         OptionError: vLLM has no place for it, or its ranks would not step together.
@@ -43,6 +49,10 @@ def check_modules(given: Mapping[str, Any], vllm_config: Any) -> None:
     modules = module_sizes(options)
     if not modules:
         return
+    if in_pieces:
+        raise OptionError(
+            "modules are shared in mode DYNAMO_TRACE_ONCE alone: vLLM compiles pieces without the model's weights"
+        )
     rank_groups(sizes_of(vllm_config.parallel_config, **modules), "vllm")
     for refused, reason in (*_refusals(options, vllm_config), *_release_refusals(options, vllm_config)):
         if refused:
@@ -54,10 +64,6 @@ def _refusals(options: Options, config: Any) -> Iterable[tuple[bool, str]]:
     yield (
         options.finegrained_tp_config.get(_LM_HEAD, 1) > 1,
         f"{_LM_HEAD}: vLLM computes logits outside of the graph that it has compiled: leave it out",
-    )
-    yield (
-        config.compilation_config.mode.name == "VLLM_COMPILE",
-        "modules are shared in mode DYNAMO_TRACE_ONCE alone: vLLM compiles pieces without the model's weights",
     )
     yield parallel.enable_elastic_ep, "modules cannot be shared with enable_elastic_ep: vLLM's ranks come and go"
     yield (
@@ -86,15 +92,27 @@ def _release_refusals(options: Options, config: Any) -> Iterable[tuple[bool, str
     """What reads or writes a whole weight outside of the compiled graph."""
     if not options.release_weights:
         return
-    tied = getattr(config.model_config.hf_text_config, "tie_word_embeddings", False)
     why = {
-        "tie_word_embeddings, whose lm_head is not compiled": tied and "embedding" in module_sizes(options),
         "speculative decoding, whose drafter may read the embedding": config.speculative_config is not None,
         "LoRA": config.lora_config is not None,
         "enable_sleep_mode": config.model_config.enable_sleep_mode,
     }
     for what, found in why.items():
         yield bool(found), f"release_weights=True cannot go with {what}: leave release_weights out"
+
+
+def check_loaded(given: Mapping[str, Any], model: nn.Module) -> None:
+    """Check that no weight of the loaded ``model`` that may be released is read outside of the compiled graph.
+
+    Raises:
+        OptionError: two modules have one weight, as an lm_head, which is not compiled, may have the embedding's.
+    """
+    seen: dict[int, str] = {}
+    for module_name, module in model.named_modules() if Options.parse(given).release_weights else ():
+        for name, weight in module.named_parameters(module_name, recurse=False):
+            other = seen.setdefault(weight.untyped_storage()._cdata, name)
+            if other != name:
+                raise OptionError(f"release_weights=True: {other} and {name} are one tensor: leave release_weights out")
 
 
 def make_groups(given: Mapping[str, Any], vllm_config: Any) -> dict[str, ProcessGroup]:
@@ -110,21 +128,21 @@ def make_groups(given: Mapping[str, Any], vllm_config: Any) -> dict[str, Process
     modules = module_sizes(options)
     if not modules:
         return {}
-    world = torch.distributed.get_world_size()
-    groups = rank_groups(sizes_of(vllm_config.parallel_config, world, **modules), "vllm")
+    parallel, world = vllm_config.parallel_config, torch.distributed.get_world_size()
+    groups = rank_groups(sizes_of(parallel, world, **modules), "vllm")
     wanted = [name for name in groups.kinds if name in modules or name == "flashcomm2_odp"]
     found: dict[str, ProcessGroup] = {}
-    for name in wanted:
-        for theirs, group in _groups_of_vllm().items():
-            kind = groups[name]
-            if kind.purpose == MODEL and kind.groups == groups[theirs].groups:
-                found[name] = group
+    for theirs, group in _groups_of_vllm(parallel, world).items():
+        alike = [k for k in wanted if groups[k].purpose == MODEL and groups[k].groups == groups[theirs].groups]
+        found.update(dict.fromkeys(alike, group))
     rest = {name: groups[name] for name in wanted if name not in found}
     made = ProcessGroups(dataclasses.replace(groups, kinds=rest), timeout_s=options.timeout_s)
     return {**found, **{name: made[name] for name in rest}}
 
 
-def _groups_of_vllm() -> dict[str, ProcessGroup]:
+def _groups_of_vllm(parallel_config: Any, world: int) -> dict[str, ProcessGroup]:
     from vllm.distributed import get_dp_group, get_tp_group
 
-    return {"dp": get_dp_group().device_group, "tp": get_tp_group().device_group}
+    groups = {"dp": get_dp_group(), "tp": get_tp_group()}
+    check_ranks(parallel_config, world, {kind: group.ranks for kind, group in groups.items()})
+    return {kind: group.device_group for kind, group in groups.items()}

@@ -51,12 +51,14 @@ def sizes_of(parallel_config: Any, world: int | None = None, **more: Any) -> Siz
     )
 
 
-def check_ranks(parallel_config: Any, world: int, tp_ranks: Sequence[int]) -> None:
-    """Check that vLLM's tensor-parallel group of this rank is one of ours for the same sizes and rank order.
+def check_ranks(parallel_config: Any, world: int, found: Mapping[str, Sequence[int]]) -> None:
+    """Check that vLLM's groups of this rank, by their kind, are among ours for the same sizes and rank order.
 
     Raises:
-        GroupError: it is not, or the sizes do not fit.
+        GroupError: one is not, or the sizes do not fit.
     """
-    groups = rank_groups(sizes_of(parallel_config, world), "vllm").kinds["tp"].groups
-    if tuple(tp_ranks) not in groups:
-        raise GroupError(f"vLLM's tensor-parallel ranks {list(tp_ranks)}: expected one of {[list(g) for g in groups]}")
+    ours = rank_groups(sizes_of(parallel_config, world), "vllm")
+    for kind, ranks in found.items():
+        groups = ours[kind].groups
+        if tuple(ranks) not in groups:
+            raise GroupError(f"vLLM's {kind} ranks {list(ranks)}: expected one of {[list(g) for g in groups]}")
