@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from cpcompile import weights
 from cpcompile.errors import OptionError
 from cpcompile.mesh import rank_groups
 from cpcompile.mesh.groups import MODEL
@@ -101,18 +102,19 @@ def _release_refusals(options: Options, config: Any) -> Iterable[tuple[bool, str
         yield bool(found), f"release_weights=True cannot go with {what}: leave release_weights out"
 
 
-def check_loaded(given: Mapping[str, Any], model: nn.Module) -> None:
-    """Check that no weight of the loaded ``model`` that may be released is read outside of the compiled graph.
+def keep_what_others_read(given: Mapping[str, Any], model: nn.Module) -> None:
+    """Keep the memory of weights that several modules of ``model`` hold, where the options ``given`` release any.
 
-    Raises:
-        OptionError: two modules have one weight, as an lm_head, which is not compiled, may have the embedding's.
+    One of them may be read outside of the compiled graph: an lm_head that is the embedding, parts of kv_b_proj that
+    attention has taken.
     """
-    seen: dict[int, str] = {}
+    seen: dict[int, tuple[str, torch.Tensor]] = {}
     for module_name, module in model.named_modules() if Options.parse(given).release_weights else ():
         for name, weight in module.named_parameters(module_name, recurse=False):
-            other = seen.setdefault(weight.untyped_storage()._cdata, name)
-            if other != name:
-                raise OptionError(f"release_weights=True: {other} and {name} are one tensor: leave release_weights out")
+            first, other = seen.setdefault(weight.untyped_storage()._cdata, (name, weight))
+            if first != name:
+                weights.keep(weight, f"it is {first}, too")
+                weights.keep(other, f"it is {name}, too")
 
 
 def make_groups(given: Mapping[str, Any], vllm_config: Any) -> dict[str, ProcessGroup]:

@@ -15,7 +15,7 @@ from cpcompile.errors import OptionError
 from cpcompile.serving import vllm_ascend
 from cpcompile.serving.settings import NAME, identity, plain
 from cpcompile.serving.vllm_entry import Entry
-from cpcompile.serving.vllm_modules import check_loaded, check_modules, make_groups
+from cpcompile.serving.vllm_modules import check_modules, keep_what_others_read, make_groups
 from cpcompile.serving.vllm_settings import IDENTITY, asks_for_us, names_us, read_options
 
 log = logging.getLogger("cpcompile")
@@ -182,7 +182,7 @@ def _init_device(original: Callable[..., Any], wrapper: Any, *args: Any, **kwarg
     options = read_options(config.additional_config, config.parallel_config.tensor_parallel_size)
     Entry.groups = make_groups(options, config)
     worker, calls = wrapper.worker, Entry.calls
-    _after(worker, "load_model", lambda: check_loaded(options, worker.model_runner.get_model()))
+    _after(worker, "load_model", lambda: keep_what_others_read(options, worker.model_runner.get_model()))
     _after(worker, "compile_or_warm_up_model", lambda: Entry.tell_if_not_called_since(calls))
     return result
 

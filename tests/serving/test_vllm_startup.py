@@ -20,8 +20,9 @@ from vllm.plugins import load_general_plugins
 from cpcompile.errors import GroupError, OptionError, PlanError
 from cpcompile.plan import AxisPlan, Plan
 from cpcompile.serving.vllm_entry import Entry
-from cpcompile.serving.vllm_modules import check_loaded, check_modules
+from cpcompile.serving.vllm_modules import check_modules, keep_what_others_read
 from cpcompile.serving.vllm_settings import IDENTITY
+from cpcompile.weights import release, why_kept
 
 SET = ("VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_USE_AOT_COMPILE", "VLLM_DISABLE_COMPILE_CACHE")
 
@@ -148,14 +149,16 @@ def test_what_a_cpu_does_not_have_beside_shared_modules_is_one_line(folder: str,
         check_modules(counted, config)
 
 
-def test_a_weight_of_two_modules_is_not_released() -> None:
-    model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "again": nn.Linear(2, 4, bias=False)})
-    model["other"] = nn.ModuleDict({"name": model["embed"]})
-    check_loaded({"release_weights": True}, model)
-    model["again"].weight = model["embed"].weight
-    check_loaded({}, model)
-    with pytest.raises(OptionError, match=r"^release_weights=True: embed\.weight and again\.weight are one tensor: "):
-        check_loaded({"release_weights": True}, model)
+def test_a_weight_of_two_modules_keeps_its_memory() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "again": nn.Linear(2, 4, bias=False), "own": nn.Linear(2, 4)})
+    model["other"] = nn.ModuleDict({"name": model["own"]})
+    model["again"].weight = nn.Parameter(model["embed"].weight.detach()[1:])
+    keep_what_others_read({"release_weights": True}, model)
+    assert why_kept(model["embed"].weight) == "it is again.weight, too"
+    assert why_kept(model["again"].weight) == "it is embed.weight, too"
+    assert not why_kept(model["own"].weight)
+    assert [release(model[name].weight, str) for name in ("embed", "again", "own")] == [0, 0, 32]
+    assert model["embed"].weight.isfinite().all()
 
 
 def test_a_plan_of_other_ranks_is_one_line(folder: str, tmp_path: Path, heard: list[str]) -> None:
