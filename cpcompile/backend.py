@@ -148,7 +148,8 @@ def tell(compiled: Compiled, options: Options) -> Path | None:
     for variant in compiled.variants:
         counts = Counter(c.decision for c in reports[variant.first].collectives)
         span = f"T >= {variant.first}" if variant.last is None else f"T in [{variant.first}, {variant.last}]"
-        what = ", ".join(f"{n} {decision}" for decision, n in sorted(counts.items())) or "no collectives: unchanged"
+        nothing = "no collectives" if compiled.sharing else "no collectives: unchanged"
+        what = ", ".join(f"{n} {decision}" for decision, n in sorted(counts.items())) or nothing
         log.info("cpcompile: %s: %s", span, what)
         reduced = [c for c in reports[variant.first].collectives if c.kind == "all_reduce"]
         done = sum(c.decision in REWRITTEN for c in reduced)
@@ -169,8 +170,9 @@ def tell(compiled: Compiled, options: Options) -> Path | None:
 def _tell_modules(sharing: Sharing | None) -> None:
     """Say which weights are shared, and which that were asked for are not."""
     rows = sharing.rows if sharing else []
-    for (role, axis, ranks), count in Counter((r.role, r.axis, r.ranks) for r in rows if r.decision == "share").items():
-        log.info("cpcompile: %d %s shared by the %d ranks of %s", count, role, ranks, axis)
+    shared = Counter((r.role, r.axis, r.ranks, r.reason) for r in rows if r.decision == "share")
+    for (role, axis, ranks, reason), count in shared.items():
+        log.info("cpcompile: shared: %d %s over %s, ranks: %d (%s)", count, role, axis, ranks, reason)
     for row in rows:
         if row.decision == "keep":
             log.warning("cpcompile: %s stays whole: %s", f"{row.role} {row.module}".rstrip(), row.reason)

@@ -187,8 +187,8 @@ def test_tokens_of_replicas_that_share_modules_are_those_of_one_rank(
     told = [rank["v3"] for rank in shared[0]["v3"].told]
     for mine, numbers in zip(told, SHARES, strict=True):
         same(mine["answers"], [wanted[number] for number in numbers])
-    # Until its prompt comes, and when it has its tokens while the other replica's last prompt waits for its own.
-    assert [mine["idle"] for mine in told] == [0, STEPS[3] + STEPS[4] - STEPS[3]]
+    # The second replica: until its prompt comes, and from its last token to that of the prompt that came after it.
+    assert [mine["idle"] for mine in told] == [0, STEPS[3] + (STEPS[4] - STEPS[3])]
 
 
 def test_tokens_of_flashcomm2_and_layers_by_rank_are_those_of_one_rank(
