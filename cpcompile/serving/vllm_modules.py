@@ -71,12 +71,13 @@ def _refusals(options: Options, config: Any) -> Iterable[tuple[bool, str]]:
         parallel.use_ubatching,
         "modules cannot be shared with microbatches (enable_dbo, ubatch_size): two threads would use one group",
     )
-    if parallel.data_parallel_size == 1:
-        return
+    over_dp = any(size > 1 for size in options.finegrained_tp_config.values())
     yield (
-        not config.model_config.is_moe,
+        parallel.data_parallel_size > 1 and not config.model_config.is_moe and bool(over_dp or options.layer_sharding),
         "modules cannot be shared over data parallelism without experts: vLLM then runs each rank at its own pace",
     )
+    if not over_dp:
+        return
     yield rows == EQUAL, "group_tokens='equal': vLLM's data-parallel ranks have tokens of their own: use 'exchange'"
     yield (
         rows == EXCHANGE and config.compilation_config.cudagraph_mode.name != "NONE",
