@@ -2,7 +2,8 @@
 
 ``generate.py JOB.json``, alone or under torchrun. The job: ``engines`` (name → arguments of ``LLM``), ``arrivals``
 (a prompt and the number of engine steps after which it arrives), ``new_tokens``, and ``out``: rank r writes ``out.r``.
-With ``die_at`` rank 1 kills itself at that step; with ``pieces`` vLLM compiles piece by piece on this platform too.
+With ``die_at`` rank 1 kills itself at that step; with ``pieces`` vLLM compiles piece by piece on this platform too;
+with ``shares`` data-parallel replica r gets the arrivals numbered in ``shares[r]``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import dense_indexer
 import pieces_on_cpu
+import replicas_on_cpu
 
 
 def main() -> None:
@@ -25,6 +27,8 @@ def main() -> None:
     dense_indexer.install()
     if job.get("pieces"):
         pieces_on_cpu.install()
+    if job.get("shares"):
+        replicas_on_cpu.install()
     told = {name: _engine(arguments, job) for name, arguments in job["engines"].items()}
     Path(f"{job['out']}.{os.environ.get('RANK', '0')}").write_text(json.dumps(told))
 
@@ -40,30 +44,35 @@ def _engine(arguments: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     common = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20, "seed": 0}
     llm = LLM(**{**common, **arguments})
     ready = time.perf_counter()
-    answers = _generate(llm.llm_engine, job)
+    answers, idle = _generate(llm.llm_engine, job)
     done = time.perf_counter()
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()
-    return {"answers": answers, "start_up_s": ready - began, "generate_s": done - ready}
+    return {"answers": answers, "idle": idle, "start_up_s": ready - began, "generate_s": done - ready}
 
 
-def _generate(engine: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Tokens and their log-probabilities, in the order of the arrivals."""
+def _generate(engine: Any, job: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """Tokens and their log-probabilities, in the order of the arrivals; steps without a request, for others' sake."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=job["new_tokens"], logprobs=1, ignore_eos=True)
     found: dict[str, Any] = {}
-    step = 0
+    step = idle = 0
     waiting = dict(enumerate(job["arrivals"]))
-    while waiting or engine.has_unfinished_requests():
+    if "shares" in job:
+        mine = job["shares"][engine.vllm_config.parallel_config.data_parallel_rank]
+        waiting = {number: waiting[number] for number in mine}
+    while True:
         if step == job.get("die_at") and os.environ.get("RANK") == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         for number in [n for n, (_, when) in waiting.items() if when <= step]:
             engine.add_request(str(number), {"prompt_token_ids": waiting.pop(number)[0]}, params)
+        if not engine.has_unfinished_requests() and not waiting:  # every replica asks, before every step
+            return [_answer(found[number]) for number in sorted(found)], idle
+        idle += engine.should_execute_dummy_batch
         found.update({o.request_id: o for o in engine.step() if o.finished})
         step += 1
-    return [_answer(found[str(n)]) for n in range(len(job["arrivals"]))]
 
 
 def _answer(output: Any) -> dict[str, list[Any]]:
