@@ -316,6 +316,8 @@ def test_names_override_dataflow() -> None:
     assert [m.name for m in compiled.sharing.modules] == ["model.layers.1.mlp.shared_experts"]
     compiled = offline(trace_of("v3"), roles, modules={"none": "model.layers.0.*"})
     assert compiled.sharing is not None and not compiled.sharing.modules
+    (row,) = compiled.sharing.rows  # what was asked for and is nowhere is told
+    assert (row.role, row.decision) == ("mlp", "keep") and row.reason.startswith("no module of this graph")
     with pytest.raises(OptionError, match=r"no module called 'model\.layers\.9\.mlp' has the form of mlp"):
         offline(trace_of("v3"), roles, modules={"mlp": "model.layers.9.mlp"})
 
