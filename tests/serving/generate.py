@@ -2,7 +2,9 @@
 
 ``generate.py JOB.json``, alone or under torchrun. The job: ``engines`` (name → arguments of ``LLM``), ``arrivals``
 (a prompt and the number of engine steps after which it arrives), ``new_tokens``, and ``out``: rank r writes ``out.r``.
-With ``die_at`` rank 1 kills itself at that step; with ``pieces`` vLLM compiles piece by piece on this platform too.
+With ``die_at`` rank 1 kills itself at that step; with ``pieces`` vLLM compiles piece by piece on this platform too, and
+with ``chunks`` it prefills in chunks and takes prefixes from its cache; with ``shares`` data-parallel replica r gets
+the arrivals numbered in ``shares[r]``. What an engine said comes with the steps of its scheduler (``watch.py``).
 """
 
 from __future__ import annotations
@@ -16,15 +18,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+import chunks_on_cpu
 import dense_indexer
 import pieces_on_cpu
+import replicas_on_cpu
+import watch
+from processes import ENGINE
 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     dense_indexer.install()
+    if "RANK" in os.environ:
+        watch.keep_apart()
     if job.get("pieces"):
         pieces_on_cpu.install()
+    if job.get("chunks"):
+        chunks_on_cpu.install()
+    if job.get("shares"):
+        replicas_on_cpu.install()
     told = {name: _engine(arguments, job) for name, arguments in job["engines"].items()}
     Path(f"{job['out']}.{os.environ.get('RANK', '0')}").write_text(json.dumps(told))
 
@@ -36,16 +48,18 @@ def _engine(arguments: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     print(f"engine {arguments}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         arguments = {**arguments, "distributed_executor_backend": "external_launcher"}
+    backend = watch.time_backend()
     began = time.perf_counter()
-    common = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20, "seed": 0}
-    llm = LLM(**{**common, **arguments})
+    llm = LLM(**{**ENGINE, **arguments})
     ready = time.perf_counter()
+    steps = watch.listen(llm.llm_engine.engine_core.engine_core)
     answers = _generate(llm.llm_engine, job)
     done = time.perf_counter()
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()
-    return {"answers": answers, "start_up_s": ready - began, "generate_s": done - ready}
+    spent = {"start_up_s": ready - began, "backend_s": sum(backend), "generate_s": done - ready}
+    return {"answers": answers, "steps": steps, **spent}
 
 
 def _generate(engine: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
@@ -56,20 +70,24 @@ def _generate(engine: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
     found: dict[str, Any] = {}
     step = 0
     waiting = dict(enumerate(job["arrivals"]))
-    while waiting or engine.has_unfinished_requests():
+    if "shares" in job:
+        mine = job["shares"][engine.vllm_config.parallel_config.data_parallel_rank]
+        waiting = {number: waiting[number] for number in mine}
+    while True:
         if step == job.get("die_at") and os.environ.get("RANK") == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         for number in [n for n, (_, when) in waiting.items() if when <= step]:
             engine.add_request(str(number), {"prompt_token_ids": waiting.pop(number)[0]}, params)
+        if not engine.has_unfinished_requests() and not waiting:  # every replica asks, before every step
+            return [_answer(found[number]) for number in sorted(found)]
         found.update({o.request_id: o for o in engine.step() if o.finished})
         step += 1
-    return [_answer(found[str(n)]) for n in range(len(job["arrivals"]))]
 
 
 def _answer(output: Any) -> dict[str, list[Any]]:
     said = output.outputs[0]
     chosen = [step[token].logprob for token, step in zip(said.token_ids, said.logprobs, strict=True)]
-    return {"tokens": list(said.token_ids), "logprobs": chosen}
+    return {"tokens": list(said.token_ids), "logprobs": chosen, "cached": output.num_cached_tokens}
 
 
 if __name__ == "__main__":
