@@ -16,7 +16,7 @@ STEPS = (0, 0, 3, 5, 9)
 
 
 def prompt(length: int) -> list[int]:
-    return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist()  # type: ignore[no-any-return]
+    return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist()
 
 
 ARRIVALS = [(prompt(length), step) for length, step in zip(LENGTHS, STEPS, strict=True)]

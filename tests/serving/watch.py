@@ -8,18 +8,18 @@ from typing import Any
 
 
 def time_backend() -> list[float]:
-    """Seconds of each call of this project's backend from now on."""
+    """Processor time, s, of each call of this project's backend from now on."""
     from cpcompile.serving.vllm_entry import Entry
 
     spent: list[float] = []
     original = Entry.__call__
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             return original(*args, **kwargs)
         finally:
-            spent.append(time.perf_counter() - began)
+            spent.append(time.process_time() - began)
 
     Entry.__call__ = timed  # type: ignore[method-assign]
     return spent
