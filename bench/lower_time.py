@@ -1,8 +1,9 @@
 """Time and memory of lowering full-size models to GE graphs, and their growth with depth. Needs torch_npu, no NPU.
 
-``python -m bench.lower_time [--layers 2,8,16,32,61] [--ranks 16] [--models v3,v32] [--tokens 16384] [--json FILE]``.
-Each case is a process of its own on the meta device: rank 0's graph for every T, and then the one for ``--tokens``
-alone. Memory is the most that the process holds, over what it held when the model was traced.
+``python -m bench.lower_time [--models v3,v32,serving] [--layers 2,8,16,32,61] [--strategies off,tp,cp,modules]
+[--ranks 16] [--tokens 16384] [--json FILE]``. A model is traced once for the strategies that start from one graph, in a
+process of its own; each strategy is a fork of it: rank 0's graph for any T, and then the one for ``--tokens`` alone.
+Memory is the most that the fork held, over what it began with.
 """
 
 from __future__ import annotations
@@ -12,130 +13,140 @@ import json
 import multiprocessing as mp
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-CASES = {"v3": "DeepSeek-V3", "v32": "DeepSeek-V3.2"}
-HEADINGS = ("model", "layers", "nodes", "trace, s", "rewrite, s", "T", "lowering, s", "CPU s per layer")
+import torch
+
+from bench.full_size import MODELS, STRATEGIES, compiled, traced
+
+HEADINGS = ("model", "layers", "strategy", "T", "nodes", "trace", "rewrite", "lowering", "lowering per layer")
 MORE_HEADINGS = ("GE ops", "unsupported", "graph, MiB", "over the trace, GiB")
+Row = dict[str, Any]
 
 
-def measure(kind: str, layers: int, ranks: int, tokens: int) -> Iterator[dict[str, Any]]:
-    """Lower one full-size model of ``layers`` layers at TP ``ranks``: a row for any T, and one for ``tokens``.
+def trace_and_lower(sender: Connection, kind: str, layers: int, names: Sequence[str], ranks: int, tokens: int) -> None:
+    """Send two rows for each strategy, all of which start from one trace; a row with an ``error`` where one fails.
 
-    Times in seconds, memory in GiB; ``lowering_s`` is of the GE graph alone, ``rewrite_s`` of the plan and its proof.
-    CPU seconds are what is compared where other work shares the machine.
+    Times are this process's CPU seconds: wall time says little where other work shares the machine.
     """
+    _prepare()
+    began = time.process_time()
+    with traced(kind, layers, STRATEGIES[names[0]].axis, ranks) as found:
+        row = {"kind": kind, "model": MODELS[kind], "layers": layers, "ranks": ranks}
+        row |= {"nodes": len(found.trace.gm.graph.nodes), "trace_cpu_s": time.process_time() - began}
+        row["trace_gib"] = _resident("VmHWM")
+        for name in names:
+            said = {**row, "strategy": name}
+            process = mp.get_context("fork").Process(target=_strategy, args=(sender, said, found, tokens))
+            process.start()
+            process.join()
+            if process.exitcode:
+                sender.send({**said, "error": f"exit code {process.exitcode}"})
+
+
+def _prepare() -> None:
     import logging
 
-    from cpcompile.explanation import compile_trace
     from cpcompile.lowering.targets import prepare
-    from cpcompile.model_spec import trace_target
-    from cpcompile.options import Options
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    torch.set_num_threads(1)  # a fork has none of its parent's threads
     prepare("ge-export")
-    with tempfile.TemporaryDirectory() as folder:
-        _config(kind, layers).save_pretrained(folder)
-        trace_s, context = _timed(lambda: trace_target(folder, {"tp": ranks}))
-        began = time.perf_counter()
-        with context as found:
-            trace_s += time.perf_counter() - began
-            nodes, traced = len(found.trace.gm.graph.nodes), _resident("VmHWM")
-            given = {"profile": "ascend-a3", "sparse_attention": kind == "v32", "replicated": found.replicated}
-            rewrite_s, compiled = _timed(lambda: compile_trace(found.trace, Options.parse(given)))
-            peak = _resident("VmHWM")
-            for static in (False, True):
-                row: dict[str, Any] = {
-                    "model": CASES[kind],
-                    "layers": layers,
-                    "ranks": ranks,
-                    "nodes": nodes,
-                    "trace_s": trace_s,
-                }
-                row |= {"rewrite_s": rewrite_s, "tokens": tokens if static else "any"}
-                row |= _lowered(compiled, found.trace.inputs, tokens, static, Path(folder) / "out")
-                row["over_trace_gib"] = max(peak, row.pop("peak")) - traced
-                yield {**row, "trace_gib": traced}
 
 
-def _config(kind: str, layers: int) -> Any:
-    from transformers import DeepseekV3Config, DeepseekV32Config
+def _strategy(sender: Connection, row: Row, found: Any, tokens: int) -> None:
+    """Rewrite and lower, in a fork whose trace is its own."""
+    before, strategy = _resident("VmRSS"), STRATEGIES[row["strategy"]]
+    began = time.process_time()
+    outcome = compiled(found, row["kind"], strategy)
+    row |= {"rewrite_cpu_s": time.process_time() - began, "refused": outcome.refused}
+    row["unproven"] = [failure for proof in outcome.proofs for failure in proof["failures"]]
+    for static in (False, True):
+        of = _lowered(outcome, found.trace.inputs, tokens, static)
+        sender.send({**row, "tokens": tokens if static else "any", **of, "over_trace_gib": _resident("VmHWM") - before})
 
-    config = DeepseekV3Config if kind == "v3" else DeepseekV32Config
-    kinds = (["dense"] * 3 + ["sparse"] * layers)[:layers]
-    more = {"mlp_layer_types": kinds} if kind == "v32" else {"first_k_dense_replace": min(3, layers - 1)}
-    return config(num_hidden_layers=layers, dtype="bfloat16", **more)
 
-
-def _lowered(compiled: Any, inputs: Any, tokens: int, static: bool, folder: Path) -> dict[str, Any]:
+def _lowered(outcome: Any, inputs: Any, tokens: int, static: bool) -> Row:
     from cpcompile.lowering.ascend.whole_model import lower_rank
     from cpcompile.lowering.targets import Settings
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
-    busy = time.process_time()
-    seconds, done = _timed(lambda: lower_rank(compiled, inputs, tokens, static, folder, Settings()))
+    began = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        done = lower_rank(outcome, inputs, tokens, static, Path(folder), Settings())
     return {
-        "lowering_s": seconds,
-        "lowering_cpu_s": time.process_time() - busy,
+        "lowering_cpu_s": time.process_time() - began,
         "ge_ops": sum(done.summary.ops.values()),
-        "unsupported": len(done.unsupported),
+        "collectives": len(done.summary.collectives),
+        "unsupported": sorted({f"{u.op} in {u.module}" for u in done.unsupported}),
+        "kept": [f"{kept.role} {kept.module}: {kept.reason}" for kept in done.kept],
         "mib": done.summary.bytes / 2**20,
-        "peak": _resident("VmHWM"),
     }
 
 
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
-    result = work()
-    return time.perf_counter() - began, result
-
-
 def _resident(name: str) -> float:
-    """``VmHWM`` or ``VmRSS`` of this process, in GiB."""
+    """``VmHWM`` (the most until now) or ``VmRSS`` of this process, in GiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 2**20
 
 
-def _worker(connection: Any, *case: Any) -> None:
-    for row in measure(*case):
-        connection.send(row)
+def rows(kind: str, layers: int, names: Sequence[str], ranks: int, tokens: int) -> Iterator[Row]:
+    """All rows of one model, from a process for each trace."""
+    for axis in dict.fromkeys(STRATEGIES[name].axis for name in names):
+        of_axis = [name for name in names if STRATEGIES[name].axis == axis]
+        receiver, sender = mp.get_context("spawn").Pipe(duplex=False)
+        case = (sender, kind, layers, of_axis, ranks, tokens)
+        process = mp.get_context("spawn").Process(target=trace_and_lower, args=case)
+        process.start()
+        sender.close()
+        try:
+            while True:
+                yield receiver.recv()
+        except EOFError:  # it has ended
+            process.join()
+        if process.exitcode:
+            yield {"kind": kind, "model": MODELS[kind], "layers": layers, "strategy": of_axis[0], "error": "no trace"}
 
 
 def main() -> int:
-    """Run the cases one after another and print a table; 1 if an op could not be lowered."""
+    """Print a table, case by case; 1 if a case failed, or an op could not be lowered."""
     parser = argparse.ArgumentParser(prog="python -m bench.lower_time", description=__doc__)
     parser.add_argument("--layers", default="2,8,16,32,61")
     parser.add_argument("--models", default="v3,v32")
+    parser.add_argument("--strategies", default="tp")
     parser.add_argument("--ranks", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     print(f"| {' | '.join(HEADINGS + MORE_HEADINGS)} |\n{'|---' * len(HEADINGS + MORE_HEADINGS)}|", flush=True)
-    rows: list[dict[str, Any]] = []
-    for kind in arguments.models.split(","):
-        for layers in map(int, arguments.layers.split(",")):
-            context = mp.get_context("spawn")
-            receiver, sender = context.Pipe(duplex=False)
-            case = (sender, kind, layers, arguments.ranks, arguments.tokens)
-            process = context.Process(target=_worker, args=case)
-            process.start()
-            sender.close()
-            for _ in range(2):
-                rows.append(row := receiver.recv())
+    found: list[Row] = []
+    for kind in given.models.split(","):
+        for layers in map(int, given.layers.split(",")):
+            for row in rows(kind, layers, given.strategies.split(","), given.ranks, given.tokens):
+                found.append(row)
                 print(_line(row), flush=True)
-            process.join()
-            if arguments.json:
-                arguments.json.write_text(json.dumps(rows, indent=1))
-    return 1 if any(row["unsupported"] for row in rows) else 0
+                if given.json:
+                    given.json.write_text(json.dumps(found, indent=1))
+    return 0 if found and all(lowered(row) for row in found) else 1
 
 
-def _line(row: dict[str, Any]) -> str:
-    cells = [row["model"], row["layers"], row["nodes"], f"{row['trace_s']:.1f}", f"{row['rewrite_s']:.1f}"]
-    cells += [row["tokens"], f"{row['lowering_s']:.1f}", f"{row['lowering_cpu_s'] / row['layers']:.2f}", row["ge_ops"]]
-    cells += [row["unsupported"], f"{row['mib']:.1f}", f"{row['over_trace_gib']:.2f}"]
-    return f"| {' | '.join(map(str, cells))} |"
+def lowered(row: Row) -> bool:
+    """Whether the graph is there: rewritten, proven, and with a form for every op."""
+    failed = row.get("error") or row["unsupported"] or row["unproven"] or row["kept"]
+    return not failed and (row["strategy"] == "off" or not row["refused"])
+
+
+def _line(row: Row) -> str:
+    first = f"| {row['model']} | {row['layers']} | {STRATEGIES[row['strategy']].says}"
+    if "error" in row:
+        return f"{first} | FAILED: {row['error']} |"
+    cells = [row["tokens"], row["nodes"], f"{row['trace_cpu_s']:.1f}", f"{row['rewrite_cpu_s']:.1f}"]
+    cells += [f"{row['lowering_cpu_s']:.1f}", f"{row['lowering_cpu_s'] / row['layers']:.2f}", row["ge_ops"]]
+    cells += [len(row["unsupported"]), f"{row['mib']:.1f}", f"{row['over_trace_gib']:.2f}"]
+    failed = "" if lowered(row) else f" {row['unsupported']} {row['unproven']} {row['kept']} {row['refused']}"
+    return f"{first} | {' | '.join(map(str, cells))} |{failed}"
 
 
 if __name__ == "__main__":

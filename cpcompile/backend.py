@@ -23,6 +23,7 @@ from cpcompile.exchange import Exchange, GroupExchange, OfflineExchange
 from cpcompile.graph_inputs import GraphInput, describe_inputs
 from cpcompile.lowering.targets import BoxedCallable, Settings, lower, prepare
 from cpcompile.module_runtime import examples_of, keep_parts, row_limits
+from cpcompile.module_tp import Sharing
 from cpcompile.options import Options
 from cpcompile.pipeline import compile_graph
 from cpcompile.replication import ParameterGuard
@@ -147,7 +148,8 @@ def tell(compiled: Compiled, options: Options) -> Path | None:
     for variant in compiled.variants:
         counts = Counter(c.decision for c in reports[variant.first].collectives)
         span = f"T >= {variant.first}" if variant.last is None else f"T in [{variant.first}, {variant.last}]"
-        what = ", ".join(f"{n} {decision}" for decision, n in sorted(counts.items())) or "no collectives: unchanged"
+        nothing = "no collectives" if compiled.sharing else "no collectives: unchanged"
+        what = ", ".join(f"{n} {decision}" for decision, n in sorted(counts.items())) or nothing
         log.info("cpcompile: %s: %s", span, what)
         reduced = [c for c in reports[variant.first].collectives if c.kind == "all_reduce"]
         done = sum(c.decision in REWRITTEN for c in reduced)
@@ -155,6 +157,7 @@ def tell(compiled: Compiled, options: Options) -> Path | None:
             log.info("cpcompile: %s%s: %d of %d all-reduces rewritten", span, _ranks(compiled), done, len(reduced))
     for axis, reason in compiled.refused.items():
         log.warning("cpcompile: axis %s is left alone: %s", axis, reason)
+    _tell_modules(compiled.sharing)
     payload = {str(first): report.to_dict() for first, report in reports.items()}
     trace_structured(
         "artifact",
@@ -162,6 +165,17 @@ def tell(compiled: Compiled, options: Options) -> Path | None:
         payload_fn=lambda: json.dumps(payload),
     )
     return _dump(compiled, payload, Path(options.dump_dir)) if options.dump_dir is not None else None
+
+
+def _tell_modules(sharing: Sharing | None) -> None:
+    """Say which weights are shared, and which that were asked for are not."""
+    rows = sharing.rows if sharing else []
+    shared = Counter((r.role, r.axis, r.ranks, r.reason) for r in rows if r.decision == "share")
+    for (role, axis, ranks, reason), count in shared.items():
+        log.info("cpcompile: shared: %d %s over %s, ranks: %d (%s)", count, role, axis, ranks, reason)
+    for row in rows:
+        if row.decision == "keep":
+            log.warning("cpcompile: %s stays whole: %s", f"{row.role} {row.module}".rstrip(), row.reason)
 
 
 def _ranks(compiled: Compiled) -> str:

@@ -20,7 +20,7 @@ from cpcompile.module_tp import Sharing
 from cpcompile.options import Options
 from cpcompile.passes.weight_recipes import Recipe, carry_out, collect_over
 from cpcompile.replication import fingerprint
-from cpcompile.weights import local_tensor, part_of, release
+from cpcompile.weights import local_tensor, part_of, release, why_kept
 
 log = logging.getLogger("cpcompile")
 
@@ -50,6 +50,8 @@ def _made(
         parts[place] = part_of(whole, recipes, functools.partial(_carried_out, recipes=recipes))
         if options.release_weights:  # one after another: no more than one weight is there twice
             freed += release(whole, fingerprint)
+            if why_kept(whole):
+                log.warning("cpcompile: %s keeps its memory: %s", inputs[place].name, why_kept(whole))
     if freed:
         log.info("cpcompile: %d bytes of whole weights released", freed)
     return parts

@@ -213,6 +213,7 @@ def share(
     places = {n.name: given for n, given in zip(canonical.graph.find_nodes(op="placeholder"), inputs, strict=True)}
     candidates: list[_Candidate] = []
     sharing.refusals += refusals
+    sharing.rows += [none_found(role, axis) for role, axis in roles.items() if all(m.role != role for m in found)]
     sharing.graphs = [gm for gm, _ in variants]
     for module in found:
         axis = roles[module.role]
@@ -247,6 +248,11 @@ def share(
     if any(module.unequal for module in sharing.modules):
         sharing.idle = idle_graph(canonical, sharing.modules, options.group_tokens)
         sharing.not_idle = _needs_tokens(canonical, token_axes, options)
+
+
+def none_found(role: str, axis: Axis) -> ModuleRow:
+    """The report's row for a role that was asked for and that no module of the graph has."""
+    return ModuleRow(role, "", axis.name, axis.size, "keep", 0, 0, "", "no module of this graph was found to be one")
 
 
 def _needs_tokens(gm: fx.GraphModule, token_axes: Sequence[Axis], options: Options) -> str:

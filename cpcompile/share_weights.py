@@ -12,7 +12,7 @@ from cpcompile.axes import Axis
 from cpcompile.compiled import Compiled, Variant
 from cpcompile.exchange import Exchange
 from cpcompile.graph_inputs import GraphInput
-from cpcompile.module_tp import Sharing, share
+from cpcompile.module_tp import Sharing, none_found, share
 from cpcompile.o_proj import flash, flash_groups, spread_layers
 from cpcompile.options import Options
 from cpcompile.passes.flash_sites import FlashGroups
@@ -61,6 +61,10 @@ class ShareWeights:
         if flashes or layered:
             found, refused = find_modules(self.canonical, ["o_proj"], self.options.modules)
             projections, self.sharing.refusals = found, [*self.sharing.refusals, *refused]
+            if not found:
+                self.sharing.rows.append(
+                    none_found("o_proj", self.kinds["flashcomm2_otp" if flashes else "shared_weight"])
+                )
         groups = flash_groups(self.kinds, self.result.axes) if flashes else None
         names = {m.nodes[0].name: m.nodes[0].name for m in projections}
         if groups is not None:

@@ -30,12 +30,14 @@ class _Entry:
         verdicts: ranks that have compared their contents → why they are not shared, empty where they may be.
         fingerprint: of the contents that were released; empty while they are there.
         version: of the tensor when its parts were made; contents written later have other parts.
+        kept: why its memory is not released, empty where it may be.
     """
 
     parts: dict[Key, torch.Tensor] = field(default_factory=dict)
     verdicts: dict[tuple[int, ...], str] = field(default_factory=dict)
     fingerprint: str = ""
     version: tuple[int, int] = (0, 0)
+    kept: str = ""
 
 
 _entries: MutableMapping[torch.Tensor, _Entry] = WeakTensorKeyDictionary()
@@ -89,12 +91,22 @@ def note_verdict(tensor: torch.Tensor, ranks: tuple[int, ...], reason: str) -> N
     _entry(tensor).verdicts[ranks] = reason
 
 
+def keep(tensor: torch.Tensor, reason: str) -> None:
+    """Never release the memory of ``tensor``, for ``reason``: something reads it that is not compiled."""
+    _entry(tensor).kept = reason
+
+
+def why_kept(tensor: torch.Tensor) -> str:
+    """Why the memory of ``tensor`` is not released, empty where it may be."""
+    return _entry(tensor).kept
+
+
 def release(tensor: torch.Tensor, fingerprint: Callable[[torch.Tensor], str]) -> int:
     """Release the memory of ``tensor``; return the bytes. A write to it raises from then on.
 
     Shape, strides and dtype stay, so that guards on it hold.
     """
-    if is_released(tensor) or tensor.numel() == 0:
+    if is_released(tensor) or tensor.numel() == 0 or why_kept(tensor):
         return 0
     storage = tensor.untyped_storage()
     size = storage.nbytes()
@@ -129,5 +141,5 @@ def _entry(tensor: torch.Tensor) -> _Entry:
     """The entry of ``tensor``, a new one where its contents were replaced or written since."""
     now = (address(tensor), 0 if tensor.is_inference() else tensor._version)
     if tensor not in _entries or (_entries[tensor].version != now and not is_released(tensor)):
-        _entries[tensor] = _Entry(version=now)
+        _entries[tensor] = _Entry(version=now, kept=_entries[tensor].kept if tensor in _entries else "")
     return _entries[tensor]

@@ -19,6 +19,7 @@ from cpcompile.passes.base import Refusal
 from cpcompile.passes.collectives import is_collective, is_wait, op_name
 from cpcompile.passes.describe import module_of
 from cpcompile.passes.products import Product, product_of
+from cpcompile.passes.vllm_ops import inner_op
 
 ROLES = ("embedding", "o_proj", "mlp", "lm_head")
 NONE = "none"
@@ -233,7 +234,7 @@ def is_weight(node: object) -> bool:
 
 def is_attention(node: fx.Node) -> bool:
     """Whether ``node`` weighs values by attention: an op that says so, or a product with the result of a softmax."""
-    name = op_name(node.target)
+    name = op_name(inner_op(node))
     if "attention" in name and "indexer" not in name:
         return True
     return name in ("aten::bmm", "aten::matmul") and any(

@@ -102,7 +102,7 @@ class Moves:
         axis = next((a for a in (self.tp, self.otp, self.odp) if a.owns(group)), None)
         if axis is None or args.get("group_size", axis.size) != axis.size or args.get("reduce_op", "sum") != "sum":
             raise Refused(f"expected a sum or move over tp, OTP or ODP; found {kind} over {group}", 2)
-        if kind == "all_to_all_single" and axis is self.odp and value.summed == OWN:
+        if kind == "all_to_all_single" and self.odp.owns(group) and value.summed == OWN:  # it may be tp's group too
             return self._exchanged(value, args)
         whole = {OWN: self.tp, OVER_ODP: self.otp}.get(value.summed)
         if kind in ("all_reduce", "reduce_scatter_tensor") and axis is whole and value.of[0] == "sums":

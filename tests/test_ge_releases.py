@@ -1,7 +1,7 @@
 """Other releases of torch_npu than the one that the tests run: of 2.11, 2.12 and 2.14, their schemas, as text.
 
 ``data/torch_npu_schemas.txt`` has lines of releases and a schema as their library registers it. A release of torch_npu
-loads with its own release of PyTorch only, and none of these was run.
+loads with its own release of PyTorch only: CI runs none of these (the README says what was run by hand).
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from cpcompile.cli import app
 from cpcompile.errors import AscendError
+from cpcompile.lowering.ascend import cuda_builds, installation
 from cpcompile.lowering.ascend.host_libraries import build, missing_libraries, source_code
 from cpcompile.lowering.ascend.installation import Installation, import_torchair
 
@@ -68,6 +70,12 @@ def test_no_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             {"protobuf": ""},
             "torchair needs protobuf, which torch_npu does not install: pip install 'cpcompile[ascend]'",
         ),
+        ({"cuda": "13.0"}, ""),
+        (
+            {"cuda": "13.0", "cann": True},
+            "torch 2.13.0+cpu is a build for CUDA, beside which torch_npu ends the process: "
+            "install PyTorch's CPU build of this release",
+        ),
     ],
 )
 def test_problems_are_one_line(change: dict[str, Any], problem: str) -> None:
@@ -79,6 +87,26 @@ def test_a_missing_npu_is_one_line() -> None:
     assert replace(GOOD, cann=True).no_device() == "torch_npu sees no NPU: run npu-smi info"
     assert GOOD.no_host_mode() == ""
     assert replace(GOOD, compiler="").no_host_mode().endswith("install gcc")
+
+
+def test_no_room_beside_cuda_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installation, "find", lambda: replace(GOOD, cuda="13.0"))
+    monkeypatch.setattr(installation, "load_host_libraries", lambda: None)
+    monkeypatch.setattr(installation, "forget_allocator_settings", lambda: False)
+    with pytest.raises(AscendError, match=r"^target 'ge-export': torch 2.13.0\+cpu is a build for CUDA, .* CPU build"):
+        import_torchair("ge-export", device=False)
+
+
+def names_of_allocator_settings() -> tuple[int, bool, int]:
+    before = cuda_builds.settings()
+    assert before is not None
+    return int(before.size), cuda_builds.forget_allocator_settings(), int(before.size)
+
+
+def test_room_for_torch_npu_beside_cuda(ascend: AscendProcess) -> None:
+    """The names that torch itself registers are found in this build, and gone afterwards."""
+    before, found, after = ascend(names_of_allocator_settings)
+    assert before >= 5 and found and after == 0
 
 
 def device_of_host_mode() -> tuple[int, bool, str]:
@@ -110,6 +138,6 @@ def doctor() -> str:
 def test_doctor(ascend: AscendProcess) -> None:
     lines = [line.split(maxsplit=1) for line in ascend(doctor).splitlines() if line.strip()]
     found = {line[0]: line[-1] for line in lines}
-    assert found["torch_npu"] == "2.13.0"
+    assert found["torch_npu"] == ascend(version, "torch_npu")
     assert found["ge-export"] == "works"
     assert found["torchair"].startswith("does not work: CANN is not installed")

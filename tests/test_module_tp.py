@@ -187,8 +187,10 @@ def flash_world(otp: int, strategy: str, layered: bool) -> World:
     for rank in range(size):
         of_rank = {}
         for kind in ["flashcomm2_otp", "flashcomm2_odp"] + ["shared_weight"] * layered:
-            members = groups[kind].of(rank)
-            of_rank[kind] = Axis(kind, kind, len(members), members.index(rank), members)
+            members, tp = groups[kind].of(rank), ranks.axes[rank]
+            # As ProcessGroups does it: groups of the same ranks and purpose share a communicator.
+            name = tp.group_name if groups[kind].purpose == groups["tp"].purpose and members == tp.ranks else kind
+            of_rank[kind] = Axis(kind, name, len(members), members.index(rank), members)
         kinds.append(of_rank)
     return World(ranks.traces, ranks.axes, kinds, strategy=strategy, profile="ascend-a3")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from cpcompile.axes import Axis
 from cpcompile.capture import lower_inference
 from cpcompile.passes.canonicalise import Canonicalise
+from cpcompile.passes.module_roles import find_modules
 from cpcompile.passes.placement_rules import find_rule
 from cpcompile.passes.token_dims import annotate
 from cpcompile.passes.verify_arguments import sees_more
@@ -146,3 +147,16 @@ def test_a_view_as_the_same_dtype_is_gone_and_as_another_stays() -> None:
     assert len(before) == 2 and [n.args[1] for n in after] == [torch.int32]
     axis = Axis("tp", "0", 2, 0, (0, 1))
     assert prove(gm, gm, axis, sympy.Integer(4), lambda _: True).holds
+
+
+def test_the_product_behind_attention_that_writes_its_result_is_o_proj() -> None:
+    def layer(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        q = x @ first.t()
+        output = torch.empty_like(q)
+        VLLM.unified_mla_attention_with_output(q, output)
+        return output.view(-1, 8) @ second.t()
+
+    gm = graph_of(layer, X, torch.randn(8, 8), torch.randn(4, 8))
+    (found,), refused = find_modules(gm, ["o_proj"])
+    assert gm.graph.find_nodes(op="call_function", target=FUNCTIONALISED) and not refused
+    assert found.nodes[0] is gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)[-1]

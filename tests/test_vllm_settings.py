@@ -24,13 +24,15 @@ def parallel(dp: int = 1, pp: int = 1, cp: int = 1, tp: int = 1) -> Any:
 def test_ranks_are_laid_out_as_vllm_does() -> None:
     """(ExternalDP, DP, PP, PCP, TP), row-major: tensor-parallel ranks are neighbours."""
     for first in range(0, 16, 2):
-        check_ranks(parallel(dp=2, pp=2, cp=2, tp=2), 16, [first, first + 1])
-    check_ranks(parallel(), 1, [0])
-    message = r"^vLLM's tensor-parallel ranks \[0, 2\]: expected one of \[\[0, 1\], \[2, 3\]\]$"
-    with pytest.raises(GroupError, match=message):
-        check_ranks(parallel(dp=2, tp=2), 4, [0, 2])
+        check_ranks(parallel(dp=2, pp=2, cp=2, tp=2), 16, {"tp": [first, first + 1]})
+    check_ranks(parallel(), 1, {"tp": [0], "dp": [0]})
+    check_ranks(parallel(dp=2, tp=2), 4, {"dp": [1, 3], "tp": [2, 3]})
+    for kind, ranks, ours in (("tp", [0, 2], "[[0, 1], [2, 3]]"), ("dp", [0, 1], "[[0, 2], [1, 3]]")):
+        with pytest.raises(GroupError) as raised:
+            check_ranks(parallel(dp=2, tp=2), 4, {kind: ranks})
+        assert str(raised.value) == f"vLLM's {kind} ranks {ranks}: expected one of {ours}"
     with pytest.raises(GroupError, match="nearest that work"):
-        check_ranks(parallel(dp=2, tp=2), 6, [0, 1])
+        check_ranks(parallel(dp=2, tp=2), 6, {"tp": [0, 1]})
 
 
 @pytest.mark.parametrize("named", ["cpcompile", "cpcompile.backend.cpcompile_backend"])

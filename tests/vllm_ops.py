@@ -34,6 +34,10 @@ def _indexer(hidden: Tensor, prefix: str, buffer: Tensor) -> Tensor:
     return buffer.clone()
 
 
+def _attention(q: Tensor, output: Tensor) -> None:
+    output.copy_(q)
+
+
 define(f"rms_norm(Tensor x, {_NORM}) -> Tensor", _rms_norm, _rms_norm, "vllm_ir")
 define(f"fused_add_rms_norm(Tensor x, Tensor x_residual, {_NORM}) -> (Tensor, Tensor)", _fused, _fused, "vllm_ir")
 _MAYBE = f"fused_add_rms_norm.maybe_inplace(Tensor(a0!) x, Tensor(a1!) x_residual, {_NORM}) -> (Tensor, Tensor)"
@@ -46,5 +50,12 @@ define(
     "sparse_attn_indexer(Tensor hidden, str prefix, Tensor(a!) buffer) -> Tensor",
     lambda hidden, prefix, buffer: torch.empty_like(buffer),
     _indexer,
+    "vllm",
+)
+# The real one has more arguments; it, too, writes what it found into a tensor that the model made for it.
+define(
+    "unified_mla_attention_with_output(Tensor q, Tensor(a!) output) -> ()",
+    lambda q, output: None,
+    _attention,
     "vllm",
 )

@@ -21,9 +21,12 @@ class Entry:
     Args:
         vllm_config: vLLM's configuration, which is not the current one any more when dynamo calls.
         prefix: the module's name in the model, ``""`` for the model itself.
+
+    The class counts the calls of this process and holds the groups of the modules that its rank shares.
     """
 
     calls: ClassVar[int] = 0
+    groups: ClassVar[dict[str, torch.distributed.ProcessGroup]] = {}
 
     def __init__(self, vllm_config: Any, prefix: str = "") -> None:
         """Remember the configuration."""
@@ -35,7 +38,8 @@ class Entry:
         Entry.calls += 1
         config = self.vllm_config
         options = read_options(config.additional_config, config.parallel_config.tensor_parallel_size)
-        return cpcompile_backend(gm, example_inputs, options={**options, "axes": tensor_parallel_axes(config)})
+        options |= {"axes": tensor_parallel_axes(config), **({"groups": Entry.groups} if Entry.groups else {})}
+        return cpcompile_backend(gm, example_inputs, options=options)
 
     @classmethod
     def tell_if_not_called_since(cls, calls: int) -> None:
@@ -56,5 +60,5 @@ def tensor_parallel_axes(vllm_config: Any) -> dict[str, Any]:
     from vllm.distributed import get_tp_group
 
     tp = get_tp_group()
-    check_ranks(vllm_config.parallel_config, torch.distributed.get_world_size(), tp.ranks)
+    check_ranks(vllm_config.parallel_config, torch.distributed.get_world_size(), {"tp": tp.ranks})
     return {"tp": tp.device_group} if tp.world_size > 1 else {}

@@ -15,6 +15,7 @@ from cpcompile.errors import OptionError
 from cpcompile.serving import vllm_ascend
 from cpcompile.serving.settings import NAME, identity, plain
 from cpcompile.serving.vllm_entry import Entry
+from cpcompile.serving.vllm_modules import check_modules, keep_what_others_read, make_groups
 from cpcompile.serving.vllm_settings import IDENTITY, asks_for_us, names_us, read_options
 
 log = logging.getLogger("cpcompile")
@@ -89,6 +90,7 @@ def _create_engine_config(original: Callable[..., Any], args: Any, *rest: Any, *
     changed = _set_environment(in_pieces)
     args.additional_config = {**(args.additional_config or {}), IDENTITY: identity(options)}
     config = original(args, *rest, **kwargs)
+    check_modules(options, config, in_pieces)
     _log_as_vllm()
     for line in changed:
         log.info("cpcompile: %s", line)
@@ -170,23 +172,32 @@ def _use_custom_op_collectives(original: Callable[[], bool]) -> bool:
 
 def _init_device(original: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     """Prepare the worker, and look, once it has warmed up, whether the backend was called."""
-    ours = asks_for_us(wrapper.vllm_config.compilation_config)
-    if ours:
-        _log_as_vllm()
-        _show_weights()
-        _reduce_out_of_place()
+    config = wrapper.vllm_config
+    if not asks_for_us(config.compilation_config):
+        return original(wrapper, *args, **kwargs)
+    _log_as_vllm()
+    _show_weights()
+    _reduce_out_of_place()
     result = original(wrapper, *args, **kwargs)
-    if ours:
-        warm_up, calls = wrapper.worker.compile_or_warm_up_model, Entry.calls
-
-        @functools.wraps(warm_up)
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            done = warm_up(*args, **kwargs)
-            Entry.tell_if_not_called_since(calls)
-            return done
-
-        wrapper.worker.compile_or_warm_up_model = checked
+    options = read_options(config.additional_config, config.parallel_config.tensor_parallel_size)
+    Entry.groups = make_groups(options, config)
+    worker, calls = wrapper.worker, Entry.calls
+    _after(worker, "load_model", lambda: keep_what_others_read(options, worker.model_runner.get_model()))
+    _after(worker, "compile_or_warm_up_model", lambda: Entry.tell_if_not_called_since(calls))
     return result
+
+
+def _after(worker: Any, name: str, then: Callable[[], None]) -> None:
+    """Call ``then`` when the worker's method ``name`` is done."""
+    original = getattr(worker, name)
+
+    @functools.wraps(original)
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        done = original(*args, **kwargs)
+        then()
+        return done
+
+    setattr(worker, name, hooked)
 
 
 def _show_weights() -> None:

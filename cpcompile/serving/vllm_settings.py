@@ -39,19 +39,26 @@ def read_options(additional_config: Any, tensor_parallel_size: int) -> dict[str,
     return check_options(given, where, "vLLM", DECIDED, ("tensor_parallel_size", tensor_parallel_size))
 
 
-def check_ranks(parallel_config: Any, world: int, tp_ranks: Sequence[int]) -> None:
-    """Check that vLLM's tensor-parallel group of this rank is one of ours for the same sizes and rank order.
-
-    Raises:
-        GroupError: it is not, or the sizes do not fit.
-    """
-    sizes = Sizes(
+def sizes_of(parallel_config: Any, world: int | None = None, **more: Any) -> Sizes:
+    """The sizes of vLLM's groups, of ``world`` ranks, and ``more``."""
+    return Sizes(
         world=world,
         dp=parallel_config.data_parallel_size,
         pp=parallel_config.pipeline_parallel_size,
         cp=parallel_config.prefill_context_parallel_size,
         tp=parallel_config.tensor_parallel_size,
+        **more,
     )
-    groups = rank_groups(sizes, "vllm").kinds["tp"].groups
-    if tuple(tp_ranks) not in groups:
-        raise GroupError(f"vLLM's tensor-parallel ranks {list(tp_ranks)}: expected one of {[list(g) for g in groups]}")
+
+
+def check_ranks(parallel_config: Any, world: int, found: Mapping[str, Sequence[int]]) -> None:
+    """Check that vLLM's groups of this rank, by their kind, are among ours for the same sizes and rank order.
+
+    Raises:
+        GroupError: one is not, or the sizes do not fit.
+    """
+    ours = rank_groups(sizes_of(parallel_config, world), "vllm")
+    for kind, ranks in found.items():
+        groups = ours[kind].groups
+        if tuple(ranks) not in groups:
+            raise GroupError(f"vLLM's {kind} ranks {list(ranks)}: expected one of {[list(g) for g in groups]}")

@@ -18,11 +18,13 @@ from unittest.mock import patch
 import torch
 
 from cpcompile.errors import AscendError
+from cpcompile.lowering.ascend.cuda_builds import forget_allocator_settings
 from cpcompile.lowering.ascend.host_libraries import cann_installed, compiler, load_host_libraries, loaded
 
 OLDEST, NEWEST = (2, 11), (2, 14)
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 INSTALL = "pip install 'cpcompile[ascend]'"
+CPU_BUILD = "install PyTorch's CPU build of this release"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Installation:
         cann: whether CANN's runtime library can be loaded.
         npus: how many NPUs torch_npu sees; 0 while it is not imported.
         compiler: path of a C compiler with its binutils, ``""`` where there is none.
+        cuda: the version of CUDA that PyTorch is a build for, ``""`` for another build.
     """
 
     torch_npu: str
@@ -44,6 +47,7 @@ class Installation:
     cann: bool
     npus: int
     compiler: str
+    cuda: str = ""
 
     def problem(self) -> str:
         """Why torch_npu cannot be used at all, in one line; ``""`` where it can."""
@@ -59,7 +63,13 @@ class Installation:
             return f"torch_npu {self.torch_npu} is not for torch {self.torch}: install the release of the same number"
         if not self.protobuf:
             return f"torchair needs protobuf, which torch_npu does not install: {INSTALL}"
+        if self.cann and self.cuda:
+            return self.beside_cuda()
         return ""
+
+    def beside_cuda(self) -> str:
+        """Why torch_npu is not imported beside a CUDA build of PyTorch where we cannot make room for it."""
+        return f"torch {self.torch} is a build for CUDA, beside which torch_npu ends the process: {CPU_BUILD}"
 
     def no_device(self) -> str:
         """Why nothing can run on an NPU here; ``""`` where it can."""
@@ -79,7 +89,13 @@ def find() -> Installation:
     here = sys.modules.get("torch_npu")
     npus = here.npu.device_count() if here is not None and not loaded() else 0
     return Installation(
-        _version("torch_npu"), torch.__version__, _version("protobuf"), cann_installed(), npus, compiler()
+        _version("torch_npu"),
+        torch.__version__,
+        _version("protobuf"),
+        cann_installed(),
+        npus,
+        compiler(),
+        torch.version.cuda or "",
     )
 
 
@@ -99,6 +115,8 @@ def import_torchair(target: str, device: bool) -> Any:
         raise AscendError(f"target {target!r}: {problem}")
     if not found.cann:
         load_host_libraries()
+        if found.cuda and "torch_npu" not in sys.modules and not forget_allocator_settings():
+            raise AscendError(f"target {target!r}: {found.beside_cuda()}")
     try:
         # What torch_npu prints on a machine without CANN is true and no news.
         quiet = contextlib.nullcontext() if found.cann else contextlib.redirect_stdout(io.StringIO())

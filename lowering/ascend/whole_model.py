@@ -16,6 +16,8 @@ from cpcompile.lowering.ascend.ge_graph import GeSummary
 from cpcompile.lowering.targets import Settings
 from cpcompile.module_tp import Sharing
 from cpcompile.passes.specialise import sizes_for, specialise
+from cpcompile.passes.token_dims import token_placeholder
+from cpcompile.passes.token_layout import Expr, value_shapes
 from cpcompile.report import ModuleRow
 
 
@@ -70,10 +72,18 @@ def lower_rank(
     """
     gm = compiled.at(tokens).gm
     if static:
-        gm = specialise(gm, sizes_for(gm, compiled.tokens, tokens))
+        gm = specialise(gm, sizes_for(gm, _token_count(compiled), tokens))
     summary, unsupported = export(gm, folder, settings, known_of(compiled, inputs))
     rows = compiled.sharing.rows if compiled.sharing else []
     return Lowered(folder, summary, unsupported, [row for row in rows if row.decision == "keep"])
+
+
+def _token_count(compiled: Compiled) -> Expr | None:
+    """T in the graph's own symbols: as placed, else the length of the token ids, where nothing was placed."""
+    if compiled.tokens is not None or (ids := token_placeholder(compiled.original)) is None:
+        return compiled.tokens
+    node, dim = ids
+    return value_shapes(node)[0][dim]
 
 
 def known_of(compiled: Compiled, inputs: Sequence[GraphInput]) -> list[dict[str, Any]]:

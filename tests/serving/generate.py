@@ -60,7 +60,7 @@ def _engine(arguments: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     cleanup_dist_env_and_memory()
     # Processor time, children's included, says more than the clock on a machine that others use too.
     spent = {"start_up_s": ready - began, "start_up_cpu_s": busy, "backend_cpu_s": sum(backend)}
-    return {"answers": answers, "steps": steps, "generate_s": done - ready, **spent}
+    return {"answers": answers, "steps": steps, "idle": steps.count({}), "generate_s": done - ready, **spent}
 
 
 def _generate(engine: Any, job: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
-"""Data parallelism of models with experts on vLLM's CPU platform, which lacks what that needs.
+"""Data parallelism of models with experts on vLLM's CPU platform, whose communicator lacks two collectives of theirs.
 
 vLLM gathers all replicas' tokens ahead of the experts and scatters their sums behind them. Its communicator for CPUs
-raises NotImplementedError for both; here they are, of gloo's even collectives. On a CPU alone dynamo also traces into
-the experts, where it fails on the replicas' numbers of tokens; here they are one op, as on every other platform.
+raises NotImplementedError for both; here they are, of gloo's even collectives. Both are called within the op of the
+experts, which vLLM inlines on CPUs, lengths and all; here it is one op, as on other platforms.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ def install() -> None:
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-    MoERunner._select_forward = _select_forward
     CpuCommunicator.all_gatherv = _gather
     CpuCommunicator.reduce_scatterv = _scatter
+    MoERunner._select_forward = _one_op
 
 
-def _select_forward(self: Any) -> Any:
+def _one_op(self: Any) -> Any:
+    """vLLM's ops, which it registers everywhere."""
     ops = torch.ops.vllm
     return ops.moe_forward if self._shared_experts is None else ops.moe_forward_shared
 

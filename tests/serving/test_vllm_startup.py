@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 from model_folder import make_folder
 from processes import COMPILED, IN_PIECES
-from vllm.config import CompilationMode
+from torch import nn
+from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
-from cpcompile.errors import OptionError, PlanError
+from cpcompile.errors import GroupError, OptionError, PlanError
 from cpcompile.plan import AxisPlan, Plan
 from cpcompile.serving.vllm_entry import Entry
+from cpcompile.serving.vllm_modules import check_modules, keep_what_others_read
 from cpcompile.serving.vllm_settings import IDENTITY
+from cpcompile.weights import release, why_kept
 
 SET = ("VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_USE_AOT_COMPILE", "VLLM_DISABLE_COMPILE_CACHE")
 
@@ -75,6 +78,87 @@ def test_a_mistaken_option_is_one_line(folder: str, options: Any, message: str, 
     with pytest.raises(OptionError) as raised:
         configure(folder, options)
     assert str(raised.value) == message
+
+
+OVER_DP = {"finegrained_tp_config": {"oproj_tensor_parallel_size": 2}}
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        (
+            {"finegrained_tp_config": {"oproj_tensor_parallel_size": 3}},
+            {},
+            "rank groups (vllm): expected dp % o_proj = 0, found 2 % 3 = 2; nearest that work: ",
+        ),
+        (OVER_DP, {"data_parallel_size": 1}, "rank groups (vllm): expected dp % o_proj = 0, found 1 % 2 = 1; nearest"),
+        (
+            {"flashcomm2_oproj_tensor_parallel_size": 2},
+            {},
+            "rank groups (vllm): expected attn_tp % flashcomm2_otp = 0, found 1 % 2 = 1; nearest that work: ",
+        ),
+        (
+            {"finegrained_tp_config": {"lmhead_tensor_parallel_size": 2}},
+            {},
+            "lmhead_tensor_parallel_size: vLLM computes logits outside of the graph that it has compiled: leave it out",
+        ),
+        (
+            {**OVER_DP, "group_tokens": "equal"},
+            {},
+            "group_tokens='equal': vLLM's data-parallel ranks have tokens of their own: use 'exchange'",
+        ),
+        (
+            {**OVER_DP, "group_tokens": 511},
+            {"max_num_batched_tokens": 512},
+            "group_tokens=511, and a step may have max_num_batched_tokens=512: give at least that, or 'exchange'",
+        ),
+        (
+            OVER_DP,
+            {"hf_overrides": {"n_routed_experts": 0}},
+            "modules cannot be shared over data parallelism without experts: vLLM then runs each rank at its own pace",
+        ),
+        (
+            OVER_DP,
+            {"compilation_config": IN_PIECES},
+            "modules are shared in mode DYNAMO_TRACE_ONCE alone: vLLM compiles pieces without the model's weights",
+        ),
+    ],
+)
+def test_modules_that_cannot_be_shared_are_one_line(
+    folder: str, options: Any, arguments: dict[str, Any], message: str, heard: list[str]
+) -> None:
+    with pytest.raises((OptionError, GroupError)) as raised:
+        configure(folder, options, **{"data_parallel_size": 2, **arguments})
+    assert str(raised.value).startswith(message) and "\n" not in str(raised.value)
+
+
+def test_what_a_cpu_does_not_have_beside_shared_modules_is_one_line(folder: str, heard: list[str]) -> None:
+    """vLLM turns these flags off there."""
+    config = configure(folder, OVER_DP, data_parallel_size=2)
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
+    most = config.scheduler_config.max_num_batched_tokens
+    with pytest.raises(OptionError, match=rf"^group_tokens='exchange' reads .*, or group_tokens={most} "):
+        check_modules(OVER_DP, config)
+    counted = {**OVER_DP, "group_tokens": most}
+    check_modules(counted, config)
+    config.model_config.enable_sleep_mode = True
+    with pytest.raises(OptionError, match=r"^release_weights=True cannot go with enable_sleep_mode: leave "):
+        check_modules({**counted, "release_weights": True}, config)
+    config.parallel_config.enable_dbo = True
+    with pytest.raises(OptionError, match=r"^modules cannot be shared with microbatches"):
+        check_modules(counted, config)
+
+
+def test_a_weight_of_two_modules_keeps_its_memory() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "again": nn.Linear(2, 4, bias=False), "own": nn.Linear(2, 4)})
+    model["other"] = nn.ModuleDict({"name": model["own"]})
+    model["again"].weight = nn.Parameter(model["embed"].weight.detach()[1:])
+    keep_what_others_read({"release_weights": True}, model)
+    assert why_kept(model["embed"].weight) == "it is again.weight, too"
+    assert why_kept(model["again"].weight) == "it is embed.weight, too"
+    assert not why_kept(model["own"].weight)
+    assert [release(model[name].weight, str) for name in ("embed", "again", "own")] == [0, 0, 32]
+    assert model["embed"].weight.isfinite().all()
 
 
 def test_a_plan_of_other_ranks_is_one_line(folder: str, tmp_path: Path, heard: list[str]) -> None:

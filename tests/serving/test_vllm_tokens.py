@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from expected import ARRIVALS, BRANCH, LENGTHS, LONG, NEW_TOKENS, checked, job, same, transformers_says
+from expected import ARRIVALS, BRANCH, LENGTHS, LONG, NEW_TOKENS, STEPS, checked, job, same, transformers_says
 from model_folder import LAYERS, make_folder
 from processes import COMPILED, IN_PIECES, LIMIT_S, Done, run, start_ranks
 
@@ -16,6 +17,13 @@ KINDS = ("v3", "v32")
 BLOCK = 16  # tokens in a block of the cache
 #: A step takes the prompt of 65 tokens whole with four that decode, which makes an odd number, but not all that follow.
 CHUNKS = {"max_num_batched_tokens": 70, "enable_chunked_prefill": True, "enable_prefix_caching": True}
+# What each of two data-parallel replicas is asked: the second has nothing to do before its prompt, nor behind it.
+SHARES = ([0, 1, 2, 4], [3])
+MODULES = {
+    "oproj_tensor_parallel_size": 2,
+    "embedding_tensor_parallel_size": 2,
+    "mlp_tensor_parallel_size": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +70,22 @@ def in_pieces(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         for mine, theirs in zip(told, done.told, strict=True):
             mine.update(theirs)
     return Done(told, log, 0)
+
+
+@pytest.fixture(scope="module")
+def shared(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Done], Path]:
+    """V3's modules shared by two data-parallel replicas; V3.2's o_proj by two tensor-parallel ranks, layer by layer."""
+    work = tmp_path_factory.mktemp("shared")
+    over_tp = {"strategy": "tp", "flashcomm2_oproj_tensor_parallel_size": 1, "layer_sharding": ["o_proj"]}
+    found = {}
+    for kind, sizes, options, more in (
+        ("v3", {"data_parallel_size": 2}, {"finegrained_tp_config": MODULES}, {"shares": SHARES}),
+        ("v32", {"tensor_parallel_size": 2}, over_tp, {}),
+    ):
+        given = {"cpcompile": {**options, "release_weights": True, "dump_dir": str(work / kind)}}
+        engine = {"model": str(folders[kind]), **sizes, "compilation_config": COMPILED, "additional_config": given}
+        found[kind] = checked(run(tmp_path_factory.mktemp("run"), {**job({kind: engine}), **more}, ranks=2))
+    return found, work
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,3 +174,42 @@ def test_every_all_reduce_of_every_piece_is_rewritten(rank: int, in_pieces: Done
     # The embedding's and the first layer's attention; then those of each layer behind attention.
     assert found == [("1", "1")] + [("2", "2")] * LAYERS + [("1", "1")] + [("2", "2")] * LAYERS
     assert "left alone" not in in_pieces.log and "NEVER called" not in in_pieces.log
+
+
+def test_tokens_of_replicas_that_share_modules_are_those_of_one_rank(
+    alone: Done, shared: tuple[dict[str, Done], Path]
+) -> None:
+    wanted = alone.told[0]["v3"]["answers"]
+    told = [rank["v3"] for rank in shared[0]["v3"].told]
+    for mine, numbers in zip(told, SHARES, strict=True):
+        same(mine["answers"], [wanted[number] for number in numbers])
+    # The second replica: until its prompt comes, and from its last token to that of the prompt that came after it.
+    assert [mine["idle"] for mine in told] == [0, STEPS[3] + (STEPS[4] - STEPS[3])]
+
+
+def test_tokens_of_flashcomm2_and_layers_by_rank_are_those_of_one_rank(
+    alone: Done, shared: tuple[dict[str, Done], Path]
+) -> None:
+    for rank in shared[0]["v32"].told:
+        same(rank["v32"]["answers"], alone.told[0]["v32"]["answers"])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "modules", "methods"),
+    [
+        ("v3", {"embedding": 1, "o_proj": LAYERS, "mlp": 1}, ["modules"]),
+        ("v32", {"o_proj": 2 * LAYERS}, ["static", "flashcomm2", "layers"]),
+    ],
+)
+def test_every_rank_reports_what_it_shares_and_proves_it(
+    kind: str, modules: dict[str, int], methods: list[str], rank: int, shared: tuple[dict[str, Done], Path]
+) -> None:
+    done, work = shared[0][kind], shared[1] / kind / f"rank_{rank}"
+    (report,) = work.glob("graph_*/report.json")
+    (told,) = json.loads(report.read_text()).values()
+    assert [p["method"] for p in told["verify"]["proofs"]] == methods and told["verify"]["holds"]
+    assert Counter(m["role"] for m in told["modules"] if m["decision"] == "share") == modules
+    assert len(told["modules"]) == sum(modules.values())
+    assert len(re.findall(r"[1-9]\d* bytes of whole weights released", done.log)) == 2
+    assert "stays whole" not in done.log and "no weight is shared" not in done.log
