@@ -2,8 +2,9 @@
 
 ``generate.py JOB.json``, alone or under torchrun. The job: ``engines`` (name → arguments of ``LLM``), ``arrivals``
 (a prompt and the number of engine steps after which it arrives), ``new_tokens``, and ``out``: rank r writes ``out.r``.
-With ``die_at`` rank 1 kills itself at that step; with ``pieces`` vLLM compiles piece by piece on this platform too;
-with ``shares`` data-parallel replica r gets the arrivals numbered in ``shares[r]``.
+With ``die_at`` rank 1 kills itself at that step; with ``pieces`` vLLM compiles piece by piece on this platform too, and
+with ``chunks`` it prefills in chunks and takes prefixes from its cache; with ``shares`` data-parallel replica r gets
+the arrivals numbered in ``shares[r]``. What an engine said comes with the steps of its scheduler (``watch.py``).
 """
 
 from __future__ import annotations
@@ -17,16 +18,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+import chunks_on_cpu
 import dense_indexer
 import pieces_on_cpu
 import replicas_on_cpu
+import watch
+from processes import ENGINE
 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     dense_indexer.install()
+    if "RANK" in os.environ:
+        watch.keep_apart()
     if job.get("pieces"):
         pieces_on_cpu.install()
+    if job.get("chunks"):
+        chunks_on_cpu.install()
     if job.get("shares"):
         replicas_on_cpu.install()
     told = {name: _engine(arguments, job) for name, arguments in job["engines"].items()}
@@ -40,25 +48,28 @@ def _engine(arguments: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     print(f"engine {arguments}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         arguments = {**arguments, "distributed_executor_backend": "external_launcher"}
-    began = time.perf_counter()
-    common = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20, "seed": 0}
-    llm = LLM(**{**common, **arguments})
-    ready = time.perf_counter()
-    answers, idle = _generate(llm.llm_engine, job)
+    backend = watch.time_backend()
+    began, busy = time.perf_counter(), sum(os.times()[:4])
+    llm = LLM(**{**ENGINE, **arguments})
+    ready, busy = time.perf_counter(), sum(os.times()[:4]) - busy
+    steps = watch.listen(llm.llm_engine.engine_core.engine_core)
+    answers = _generate(llm.llm_engine, job)
     done = time.perf_counter()
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()
-    return {"answers": answers, "idle": idle, "start_up_s": ready - began, "generate_s": done - ready}
+    # Processor time, children's included, says more than the clock on a machine that others use too.
+    spent = {"start_up_s": ready - began, "start_up_cpu_s": busy, "backend_cpu_s": sum(backend)}
+    return {"answers": answers, "steps": steps, "idle": steps.count({}), "generate_s": done - ready, **spent}
 
 
-def _generate(engine: Any, job: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
-    """Tokens and their log-probabilities, in the order of the arrivals; steps without a request, for others' sake."""
+def _generate(engine: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tokens and their log-probabilities, in the order of the arrivals."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=job["new_tokens"], logprobs=1, ignore_eos=True)
     found: dict[str, Any] = {}
-    step = idle = 0
+    step = 0
     waiting = dict(enumerate(job["arrivals"]))
     if "shares" in job:
         mine = job["shares"][engine.vllm_config.parallel_config.data_parallel_rank]
@@ -69,8 +80,7 @@ def _generate(engine: Any, job: dict[str, Any]) -> tuple[list[dict[str, Any]], i
         for number in [n for n, (_, when) in waiting.items() if when <= step]:
             engine.add_request(str(number), {"prompt_token_ids": waiting.pop(number)[0]}, params)
         if not engine.has_unfinished_requests() and not waiting:  # every replica asks, before every step
-            return [_answer(found[number]) for number in sorted(found)], idle
-        idle += engine.should_execute_dummy_batch
+            return [_answer(found[number]) for number in sorted(found)]
         found.update({o.request_id: o for o in engine.step() if o.finished})
         step += 1
 
@@ -78,7 +88,7 @@ def _generate(engine: Any, job: dict[str, Any]) -> tuple[list[dict[str, Any]], i
 def _answer(output: Any) -> dict[str, list[Any]]:
     said = output.outputs[0]
     chosen = [step[token].logprob for token, step in zip(said.token_ids, said.logprobs, strict=True)]
-    return {"tokens": list(said.token_ids), "logprobs": chosen}
+    return {"tokens": list(said.token_ids), "logprobs": chosen, "cached": output.num_cached_tokens}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +17,15 @@ from typing import IO, Any
 HERE = Path(__file__).resolve().parent
 LIMIT_S = 600.0
 COMPILED = {"mode": "DYNAMO_TRACE_ONCE", "backend": "cpcompile"}
+# The reference attention on every CPU: with AMX vLLM would take its kernels for that, which know bfloat16 alone.
+ENGINE: dict[str, Any] = {
+    "dtype": "float32",
+    "attention_backend": "CPU_MLA",
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "kv_cache_memory_bytes": 64 << 20,
+    "seed": 0,
+}
 IN_PIECES = {"mode": "VLLM_COMPILE"}
 
 
@@ -65,6 +74,23 @@ def run(folder: Path, job: Mapping[str, Any], ranks: int = 1, **env: str) -> Don
     written = [Path(f"{out}.{rank}") for rank in range(ranks)]
     told = [json.loads(path.read_text()) for path in written if path.exists()]
     return Done(told, (folder / "log").read_text(errors="replace"), code)
+
+
+@contextlib.contextmanager
+def start_ranks(folder: Path, job: Mapping[str, Any]) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """``generate.py`` on two ranks, rank r printing to ``log.r``; torchrun would end the others with the first."""
+    (folder / "job.json").write_text(json.dumps({**job, "out": str(folder / "out")}))
+    where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
+    try:
+        for rank in ("0", "1"):
+            given = command("generate.py", str(folder / "job.json"))
+            with (folder / f"log.{rank}").open("w") as log:
+                processes.append(start(given, folder, log, RANK=rank, LOCAL_RANK=rank, **where))
+        yield processes
+    finally:
+        for process in processes:
+            end(process)
 
 
 def start(given: list[str], folder: Path, log: IO[str], **env: str) -> subprocess.Popen[bytes]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from pathlib import Path
 
 from model_folder import make_folder
-from processes import COMPILED, HERE, end, free_port, start
+from processes import COMPILED, start_ranks
 
 AFTER_S = 60.0  # gloo tells a closed connection at once; the rest is Python's way out of vLLM
 
@@ -21,21 +19,10 @@ def test_the_other_rank_ends_with_an_error(tmp_path: Path) -> None:
         "additional_config": {"cpcompile": {"strategy": "tp"}},
     }
     job = {"engines": {"v3": engine}, "arrivals": [([5, 6, 7], 0)], "new_tokens": 64, "die_at": 5}
-    (tmp_path / "job.json").write_text(json.dumps({**job, "out": str(tmp_path / "out")}))
-    port, processes = str(free_port()), []
-    logs = [(tmp_path / f"log{rank}").open("w+") for rank in range(2)]
-    try:
-        for rank, log in enumerate(logs):
-            numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            given = [sys.executable, str(HERE / "generate.py"), str(tmp_path / "job.json")]
-            processes.append(start(given, tmp_path, log, **numbers, **where))
-        assert processes[1].wait(600) == -9, tail(tmp_path / "log1")
+    with start_ranks(tmp_path, job) as processes:
+        assert processes[1].wait(600) == -9, tail(tmp_path / "log.1")
         code = processes[0].wait(AFTER_S)
-    finally:
-        for process in processes:
-            end(process)
-    said = tail(tmp_path / "log0")
+    said = tail(tmp_path / "log.0")
     assert code == 1, said
     assert re.search(r"RuntimeError: .*gloo.*Connection (closed|reset) by peer", said), said
     assert not (tmp_path / "out.0").exists()

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from model_folder import LAYERS, VOCAB, make_folder
-from processes import COMPILED, IN_PIECES, Done, run
+from expected import ARRIVALS, BRANCH, LENGTHS, LONG, NEW_TOKENS, STEPS, checked, job, same, transformers_says
+from model_folder import LAYERS, make_folder
+from processes import COMPILED, IN_PIECES, LIMIT_S, Done, run, start_ranks
 
-LENGTHS, NEW_TOKENS, TOLERANCE = (6, 10, 18, 31, 65), 16, 1e-4
-# Two prompts arrive together, the others while these decode: steps of prefill alone, of both, and of decode alone.
-STEPS = (0, 0, 3, 5, 9)
 KINDS = ("v3", "v32")
+BLOCK = 16  # tokens in a block of the cache
+#: A step takes the prompt of 65 tokens whole with four that decode, which makes an odd number, but not all that follow.
+CHUNKS = {"max_num_batched_tokens": 70, "enable_chunked_prefill": True, "enable_prefix_caching": True}
 # What each of two data-parallel replicas is asked: the second has nothing to do before its prompt, nor behind it.
 SHARES = ([0, 1, 2, 4], [3])
 MODULES = {
@@ -26,21 +26,10 @@ MODULES = {
 }
 
 
-def prompt(length: int) -> list[int]:
-    return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist()  # type: ignore[no-any-return]
-
-
-ARRIVALS = [(prompt(length), step) for length, step in zip(LENGTHS, STEPS, strict=True)]
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {kind: make_folder(root / kind, kind) for kind in KINDS}
-
-
-def job(engines: dict[str, Any]) -> dict[str, Any]:
-    return {"engines": engines, "arrivals": ARRIVALS, "new_tokens": NEW_TOKENS}
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +44,12 @@ def two_ranks(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     told: list[dict[str, Any]] = [{}, {}]
     log = ""
     for kind in KINDS:
-        tp = {"model": str(folders[kind]), "tensor_parallel_size": 2}
+        tp = {"model": str(folders[kind]), "tensor_parallel_size": 2, **CHUNKS}
         options = {"strategy": "tp", "require": ["*"], "dump_dir": str(work / kind)}
         compiled = {**tp, "compilation_config": COMPILED, "additional_config": {"cpcompile": options}}
         for name, engine in ((f"{kind} plain", {**tp, "enforce_eager": True}), (kind, compiled)):
-            done = checked(run(tmp_path_factory.mktemp("run"), job({name: engine}), ranks=2))
+            work_of_one = {**job({name: engine}), "chunks": True}
+            done = checked(run(tmp_path_factory.mktemp("run"), work_of_one, ranks=2))
             log += done.log
             for mine, theirs in zip(told, done.told, strict=True):
                 mine.update(theirs)
@@ -98,37 +88,6 @@ def shared(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     return found, work
 
 
-def checked(done: Done) -> Done:
-    assert done.code == 0, done.log[-4000:]
-    return done
-
-
-def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    assert [a["tokens"] for a in found] == [a["tokens"] for a in expected]
-    assert all(len(a["tokens"]) == NEW_TOKENS for a in found)
-    for mine, theirs in zip(found, expected, strict=True):
-        difference = torch.tensor(mine["logprobs"]) - torch.tensor(theirs["logprobs"])
-        assert difference.abs().max() <= TOLERANCE
-
-
-@torch.no_grad()
-def transformers_says(folder: Path) -> list[dict[str, Any]]:
-    """Greedy tokens of each prompt, the whole sequence read again for each of them."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    answers = []
-    for ids, _ in ARRIVALS:
-        tokens: list[int] = []
-        chosen: list[float] = []
-        for _ in range(NEW_TOKENS):
-            scores = model(input_ids=torch.tensor([ids + tokens]), use_cache=False).logits[0, -1].log_softmax(-1)
-            tokens.append(int(scores.argmax()))
-            chosen.append(float(scores.max()))
-        answers.append({"tokens": tokens, "logprobs": chosen})
-    return answers
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_are_those_of_one_rank_and_of_two_uncompiled_ranks(
     kind: str, alone: Done, two_ranks: tuple[Done, Path]
@@ -140,7 +99,10 @@ def test_tokens_are_those_of_one_rank_and_of_two_uncompiled_ranks(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_are_those_of_transformers(kind: str, folders: dict[str, Path], two_ranks: tuple[Done, Path]) -> None:
-    same(two_ranks[0].told[0][kind]["answers"], transformers_says(folders[kind]))
+    same(
+        two_ranks[0].told[0][kind]["answers"],
+        transformers_says(folders[kind], [ids for ids, _ in ARRIVALS], NEW_TOKENS),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -161,9 +123,43 @@ def test_every_all_reduce_is_rewritten_and_every_rank_says_so(
     assert gathers and not [c for c in gathers if c["module"].endswith("input_layernorm")]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_come_in_chunks_and_from_the_cache_while_others_decode(
+    kind: str, alone: Done, two_ranks: tuple[Done, Path]
+) -> None:
+    """What the others are compared with did neither."""
+    assert not any(a["cached"] for a in alone.told[0][kind]["answers"])
+    for rank in two_ranks[0].told:
+        for name in (kind, f"{kind} plain"):
+            answers, steps = rank[name]["answers"], rank[name]["steps"]
+            # Whole blocks, and at least one token is computed.
+            assert [a["cached"] for a in answers] == [0] * len(LENGTHS) + [65 // BLOCK * BLOCK, 40 // BLOCK * BLOCK, 0]
+            first, *others = [step for step in steps if "7" in step][:3]
+            assert sum(first["7"]) < LONG and first["6"] == [32, len(BRANCH) - 32] and first["4"][1] == 1
+            assert sum(others[0]["7"]) < LONG == sum(others[1]["7"]) and others[0]["7"][1] > 1 < others[1]["7"][1]
+            assert all(step["4"][1] == step["6"][1] == 1 for step in others)
+            assert [0, 65] in [step["4"] for step in steps if "4" in step]
+            assert all(rank[name]["steps"] == steps for rank in two_ranks[0].told)
+
+
 def test_nothing_is_said_to_be_wrong(two_ranks: tuple[Done, Path]) -> None:
     log = two_ranks[0].log
     assert "runs as it came" not in log and "left alone" not in log and "NEVER called" not in log
+
+
+def test_a_plan_of_another_model_is_one_line_of_each_rank_at_start_up(
+    folders: dict[str, Path], two_ranks: tuple[Done, Path], tmp_path: Path
+) -> None:
+    (plan,) = (two_ranks[1] / "v32" / "rank_0").glob("graph_*/plan.json")
+    engine = {"model": str(folders["v3"]), "tensor_parallel_size": 2, "compilation_config": COMPILED}
+    given = {**engine, "additional_config": {"cpcompile": {"plan": str(plan)}}}
+    with start_ranks(tmp_path, job({"v3": given})) as ranks:
+        assert [rank.wait(LIMIT_S) for rank in ranks] == [1, 1]
+    for rank in ("0", "1"):
+        said = (tmp_path / f"log.{rank}").read_text(errors="replace")
+        line = r"PlanError: the plan is of another graph \(\w+, this one is \w+\): make a new plan"
+        assert len(re.findall(rf"^{line}$|^\[rank{rank}\]: {line}$", said, re.MULTILINE)) == 1, said[-4000:]
+        assert "in warming_up_model" in said and "in _generate" not in said and not (tmp_path / f"out.{rank}").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,60 @@
+"""The tests' prompts, when they arrive, and what each of them gets from the transformers library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from model_folder import VOCAB
+from processes import Done
+
+LENGTHS, NEW_TOKENS, TOLERANCE = (6, 10, 18, 31, 65), 16, 1e-4
+# Two prompts arrive together, the others while these decode: steps of prefill alone, of both, and of decode alone.
+STEPS = (0, 0, 3, 5, 9)
+
+
+def prompt(length: int) -> list[int]:
+    return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+ARRIVALS = [(prompt(length), step) for length, step in zip(LENGTHS, STEPS, strict=True)]
+# While all of these decode: the longest again, one that starts as it does, and one that does not fit into a step.
+LONG, BRANCH = 100, prompt(65)[:40] + prompt(30)
+ARRIVALS += [(prompt(65), 11), (BRANCH, 11), (prompt(LONG), 11)]
+
+
+def job(engines: dict[str, Any]) -> dict[str, Any]:
+    return {"engines": engines, "arrivals": ARRIVALS, "new_tokens": NEW_TOKENS}
+
+
+def checked(done: Done) -> Done:
+    assert done.code == 0, done.log[-4000:]
+    return done
+
+
+def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert [a["tokens"] for a in found] == [a["tokens"] for a in expected]
+    assert all(len(a["tokens"]) == NEW_TOKENS for a in found)
+    for mine, theirs in zip(found, expected, strict=True):
+        difference = torch.tensor(mine["logprobs"]) - torch.tensor(theirs["logprobs"])
+        assert difference.abs().max() <= TOLERANCE
+
+
+@torch.no_grad()
+def transformers_says(folder: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[dict[str, Any]]:
+    """Greedy tokens of each prompt, the whole sequence read again for each of them."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    answers = []
+    for ids in prompts:
+        tokens: list[int] = []
+        chosen: list[float] = []
+        for _ in range(new_tokens):
+            scores = model(input_ids=torch.tensor([[*ids, *tokens]]), use_cache=False).logits[0, -1].log_softmax(-1)
+            tokens.append(int(scores.argmax()))
+            chosen.append(float(scores.max()))
+        answers.append({"tokens": tokens, "logprobs": chosen})
+    return answers
