@@ -23,7 +23,7 @@ from cpcompile.exchange import Exchange, GroupExchange, OfflineExchange
 from cpcompile.graph_inputs import GraphInput, describe_inputs
 from cpcompile.lowering.targets import BoxedCallable, Settings, lower, prepare
 from cpcompile.module_runtime import examples_of, keep_parts, row_limits
-from cpcompile.module_tp import Sharing
+from cpcompile.module_tp import Sharing, group_axis
 from cpcompile.options import Options
 from cpcompile.pipeline import compile_graph
 from cpcompile.replication import ParameterGuard
@@ -103,10 +103,8 @@ def _compile_inference(
     for variant in variants:
         if id(variant.gm) not in lowered:
             where = folder / f"from_{variant.first}" if folder is not None else None
-            settings = Settings(
-                options.compiler_config, options.mc2, where, options.uneven_collectives, options.mla_prolog
-            )
-            lowered[id(variant.gm)] = lower(target, variant.gm, examples_of(variant.gm, aot_inputs, parts), settings)
+            examples = examples_of(variant.gm, aot_inputs, parts)
+            lowered[id(variant.gm)] = lower(target, variant.gm, examples, settings_of(options, where))
     run = [lowered[id(v.gm)] for v in variants]
     firsts = [v.first for v in variants]
 
@@ -121,6 +119,12 @@ def _compile_inference(
 
     boxed._boxed_call = True  # type: ignore[attr-defined]
     return boxed
+
+
+def settings_of(options: Options, folder: Path | None) -> Settings:
+    """What the target is told. Raises :class:`GroupError` where a group that an option needs is not given."""
+    own = group_axis(options.groups, "mc2", None, "moe_dispatch").group_name if options.moe_dispatch else ""
+    return Settings(options.compiler_config, options.mc2, folder, options.uneven_collectives, options.mla_prolog, own)
 
 
 def _static_tokens(compiled: Compiled) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from cpcompile.axes import Axis
 from cpcompile.cli_shared import (
     AxisOption,
     ModuleOption,
@@ -37,6 +40,9 @@ def lower(
     mc2: Annotated[bool, typer.Option("--mc2", help="Matmul and its reduce-scatter or all-gather as one op.")] = False,
     uneven: Annotated[bool, typer.Option("--uneven", help="Scatter and gather uneven rows, in place of pads.")] = False,
     mla_prolog: Annotated[bool, typer.Option("--mla-prolog", help="MLA ahead of attention as one op.")] = False,
+    moe_dispatch: Annotated[
+        str, typer.Option(metavar="AXIS", help="With --static: rows to their experts' ranks, which AXIS has.")
+    ] = "",
     modules: ModulesOption = "",
     module: ModuleOption = [],  # noqa: B006
     group_tokens: Annotated[
@@ -49,7 +55,7 @@ def lower(
     a model from a function says with --replicated which of its weights replicas have alike.
     Needs torch_npu and a C compiler, and neither CANN nor an NPU. Exit code 1 if an op could not be lowered.
     """
-    from cpcompile.errors import OptionError
+    from cpcompile.errors import OptionError, nearest
     from cpcompile.explanation import compile_trace
     from cpcompile.lowering.targets import Settings, prepare
     from cpcompile.model_spec import parse_axes
@@ -62,6 +68,8 @@ def lower(
     given |= {"sparse_attention": sparse_attention, "modules": parse_patterns(module)}
     given["group_tokens"] = _group_tokens(group_tokens)
     Options.parse(given)
+    if moe_dispatch and moe_dispatch not in (known := parse_axes(axis)):
+        raise OptionError(f"--moe-dispatch {moe_dispatch}: there is no such --axis{nearest(moe_dispatch, known)}")
     sizes, replicas = _replicas(modules)
     each = math.prod(parse_axes(axis).values())
     ranks = rank or list(range(replicas * each))
@@ -79,12 +87,23 @@ def lower(
                 options = Options.parse({**given, "replicated": (*found.replicated, *replicated)})
                 compiled = compile_trace(found.trace, options, found.axes, replica_groups(sizes, each))
                 folder = output / f"rank_{number}"
+                if moe_dispatch:
+                    settings = replace(settings, moe_dispatch=_group_beside(moe_dispatch, found.axes))
                 done = lower_rank(compiled, found.trace.inputs, tokens, static, folder, settings)
             for line in done.lines():
                 typer.echo(line)
             missing = missing or bool(done.unsupported)
     if missing:
         raise typer.Exit(1)
+
+
+def _group_beside(name: str, axes: Sequence[Axis]) -> str:
+    """A process group of the ranks of the axis ``name`` that nothing runs over yet."""
+    import torch.distributed as dist
+
+    ranks = next(axis.ranks for axis in axes if axis.name == name)
+    group: Any = dist.new_group(list(ranks), group_desc="moe_dispatch")
+    return str(group.group_name)
 
 
 def _group_tokens(text: str) -> str | int:

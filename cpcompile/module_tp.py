@@ -44,19 +44,19 @@ def module_axes(options: Options) -> dict[str, Axis]:
     for key, size in options.finegrained_tp_config.items():
         role = MODULE_SIZES[key]
         if size > 1:
-            found[role] = _axis(options.groups, role, size, key)
+            found[role] = group_axis(options.groups, role, size, key)
     found = _merged(found)
     otp = options.flashcomm2_oproj_tensor_parallel_size
     if otp:
         key = "flashcomm2_oproj_tensor_parallel_size"
         if "o_proj" in found:
             raise GroupError(f"{key}={otp} and oproj_tensor_parallel_size={found['o_proj'].size}: o_proj is cut by one")
-        found["flashcomm2_otp"] = _axis(options.groups, "flashcomm2_otp", otp, key)
-        found["flashcomm2_odp"] = _axis(options.groups, "flashcomm2_odp", None, key)
+        found["flashcomm2_otp"] = group_axis(options.groups, "flashcomm2_otp", otp, key)
+        found["flashcomm2_odp"] = group_axis(options.groups, "flashcomm2_odp", None, key)
     if options.layer_sharding:
         if "o_proj" in found or otp > 1:
             raise GroupError("layer_sharding=['o_proj'] spreads whole weights, and o_proj is cut: give one of them")
-        found["shared_weight"] = _axis(options.groups, "shared_weight", None, "layer_sharding")
+        found["shared_weight"] = group_axis(options.groups, "shared_weight", None, "layer_sharding")
     return found
 
 
@@ -68,7 +68,12 @@ def _merged(found: Mapping[str, Axis]) -> dict[str, Axis]:
     return {role: replace(axis, name="+".join(roles[axis.group_name])) for role, axis in found.items()}
 
 
-def _axis(groups: object, kind: str, size: int | None, key: str) -> Axis:
+def group_axis(groups: object, kind: str, size: int | None, key: str) -> Axis:
+    """The process group of ``kind`` among ``groups``, which the option ``key`` needs, of ``size`` ranks if given.
+
+    Raises:
+        GroupError: there is none, or it has another size.
+    """
     if groups is None:
         raise GroupError(f"{key} needs the process group {kind!r}: give groups=ProcessGroups(rank_groups(Sizes(...)))")
     try:

@@ -37,6 +37,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "mc2": ((bool,), "True or False"),
     "uneven_collectives": ((bool,), "True or False"),
     "mla_prolog": ((bool,), "True or False"),
+    "moe_dispatch": ((bool,), "True or False"),
     "routed_experts": ((bool,), "True or False"),
     "plan": ((Plan, str, Path, type(None)), "a Plan or the path of a saved one"),
     "dump_dir": ((str, Path, type(None)), "the path of a folder"),
@@ -86,7 +87,8 @@ class Options:
         flashcomm2_oproj_tensor_parallel_size: FlashComm 2: ranks within tp that share o_proj; 0 is off.
         layer_sharding: roles (``"o_proj"``) whose weights are spread over ranks layer by layer, and broadcast.
         groups: this rank's process groups for these, by kind: a ``cpcompile.mesh`` ``ProcessGroups``, or a dict of
-            ``o_proj``, ``lm_head``, ``embedding``, ``mlp``, ``flashcomm2_otp``, ``flashcomm2_odp``, ``shared_weight``.
+            ``o_proj``, ``lm_head``, ``embedding``, ``mlp``, ``flashcomm2_otp``, ``flashcomm2_odp``, ``shared_weight``,
+            ``mc2``.
         modules: role → fnmatch patterns of module names that have it, where dataflow says something else;
             ``"none"``: modules to leave alone.
         release_weights: give the memory of weights that are shared back. They cannot be read afterwards; see
@@ -100,6 +102,9 @@ class Options:
             in place of pads. Sums may be in another order.
         mla_prolog: on Ascend, run absorbed MLA ahead of attention (products, norms, rotations and the writes of keys)
             as one op where its constraints hold. Its weights have to be parameters ``[in, out]``, best in FRACTAL_NZ.
+        moe_dispatch: on Ascend, in graphs of one token count, send each row to the ranks of its experts alone, in place
+            of all rows to all ranks, where experts are split over ranks by their numbers. Needs the group ``mc2`` of
+            ``groups``: the same ranks, and nothing else runs over it.
     """
 
     axes: Mapping[str, Any] = field(default_factory=dict)
@@ -127,6 +132,7 @@ class Options:
     mc2: bool = False
     uneven_collectives: bool = False
     mla_prolog: bool = False
+    moe_dispatch: bool = False
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:

@@ -34,6 +34,7 @@ class Settings:
         folder: where ``ge-export`` writes.
         uneven_collectives: on Ascend, reduce-scatters and all-gathers of as many rows as there are, in place of pads.
         mla_prolog: on Ascend, absorbed MLA ahead of attention as one op, where it fits.
+        moe_dispatch: on Ascend, name of the group over which rows go to their experts and back, where that fits.
     """
 
     compiler_config: Any = None
@@ -41,6 +42,7 @@ class Settings:
     folder: Path | None = None
     uneven_collectives: bool = False
     mla_prolog: bool = False
+    moe_dispatch: str = ""
 
 
 def prepare(target: str) -> None:

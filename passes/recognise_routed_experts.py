@@ -12,11 +12,11 @@ import torch.fx as fx
 from cpcompile import expert_ops  # noqa: F401  registers the op
 from cpcompile.passes.base import PassResult
 from cpcompile.passes.collectives import bound, emit, erase, only_user, op_name
+from cpcompile.passes.expert_shares import RESHAPES, Numbers
 from cpcompile.passes.verify_index import Shape, same, tensor_shape
 
 aten = torch.ops.aten
 GROUPED = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback", "cpcompile::grouped_mm"})
-_RESHAPES = frozenset({"aten::view", "aten::reshape", "aten::_unsafe_view"})
 
 
 class Differs(Exception):
@@ -39,6 +39,7 @@ class Experts:
         gate_up: ``[E, H, 2 * I]``.
         down: ``[E, I, H]``.
         chosen: K.
+        part: where experts are split over ranks, the first here and how many there are in all.
     """
 
     result: fx.Node
@@ -48,6 +49,7 @@ class Experts:
     gate_up: fx.Node
     down: fx.Node
     chosen: int
+    part: list[int] | None
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,10 @@ class RecogniseRoutedExperts:
     Before: ``sort`` of the expert ids of all slots, ``index`` by the order, two grouped products with silu and product
     in between, weights, ``index`` by the inverse order, sum over each token's slots.
     After: the one op of tokens, ids, weights and both tables. Each of its rows needs the same row of its operands,
-    which is not true of any step of the sorted form.
+    which is not true of any step of the sorted form. Where experts are split over ranks, slots of other ranks' experts
+    are masked; the op is told which experts are here, and takes ids and weights as the router gave them.
 
-    Refuses, with the reason: sorted experts of any other form (other activations, biases, masked slots).
+    Refuses, with the reason: sorted experts of any other form (other activations, biases, other masks).
 
     Source: ``grouped_mm_experts_forward`` of transformers.
     """
@@ -123,16 +126,44 @@ def _match(sort: fx.Node, products: list[fx.Node]) -> Experts:
     first, second = products
     offsets = _offsets(sort, first, second)
     rows, gate_up, *_ = bound(first)
-    hidden, chosen = _sorted_rows(_uncast(rows, gate_up), order)
+    experts = _call(_before(offsets), aten.histc.default, "what counts its rows")[1]
+    hidden, chosen = _sorted_rows(_unmasked(_uncast(rows, gate_up), sort, experts), order)
     inner, down, *_ = bound(second)
-    _require(_gated(_uncast(inner, down)) is first, second, "its activation is not silu(gate) * up")
+    gated = _unmasked(_gated(_uncast(inner, down)), sort, experts)
+    _require(gated is first, second, "its activation is not silu(gate) * up")
     for product, found in ((first, offsets), (second, offsets)):
         _require(bound(product)[2] is found and not any(bound(product)[3:]), product, "it has a bias or other offsets")
-    experts = _call(_before(offsets), aten.histc.default, "what counts its rows")[1]
     _require(_shape(gate_up)[0] == experts == _shape(down)[0], first, "it has tables of other numbers of experts")
-    weights, back = _weighted(second, order)
+    masked = only_user(second)
+    last = masked if masked is not None and _unmasked(masked, sort, experts) is second else second
+    weights, back = _weighted(last, order)
     _inverse(back, order)
-    return Experts(_summed(back, chosen, _shape(hidden)), hidden, slots, weights, gate_up, down, chosen)
+    result = _summed(back, chosen, _shape(hidden))
+    if last is second:
+        return Experts(result, hidden, slots, weights, gate_up, down, chosen, None)
+    numbers = Numbers(slots)
+    here = numbers.first(slots, experts)
+    _require(here is not None, slots, f"its masked slots are not of other experts than {experts} in a row")
+    assert here is not None and numbers.chosen is not None
+    weights = numbers.without_mask(_flat(weights), here, experts)
+    part = [here, numbers.total]
+    return Experts(result, hidden, numbers.chosen, weights, gate_up, down, chosen, part)
+
+
+def _flat(slots: fx.Node) -> fx.Node:
+    """What ``slots`` is a view of."""
+    return slots.args[0] if op_name(slots.target) in RESHAPES else slots  # type: ignore[return-value]
+
+
+def _unmasked(node: object, sort: fx.Node, experts: int) -> object:
+    """``node`` before its rows were set to 0 where the sorted expert is of another rank."""
+    if not isinstance(node, fx.Node) or node.target is not aten.masked_fill.Scalar or node.args[2] != 0:
+        return node
+    column, dim = _call(node.args[1], aten.unsqueeze.default, "its mask")
+    sorted_ids, bound_ = _call(column, aten.ge.Scalar, "its mask")
+    good = dim in (-1, 1) and bound_ == experts and getattr(sorted_ids, "args", ()) == (sort, 0)
+    _require(good, node, "its mask is not of other ranks' experts")
+    return node.args[0]
 
 
 def _before(node: fx.Node) -> fx.Node:
@@ -161,7 +192,7 @@ def _offsets(sort: fx.Node, *products: fx.Node) -> fx.Node:
     return total
 
 
-def _sorted_rows(rows: fx.Node, order: fx.Node) -> tuple[fx.Node, int]:
+def _sorted_rows(rows: object, order: fx.Node) -> tuple[fx.Node, int]:
     """Hidden rows of ``hidden[order // K]``, and K."""
     hidden, index = _lookup(rows, "what it multiplies")
     source, chosen = _call(index, aten.floor_divide.default, "the index of its rows")
@@ -214,7 +245,7 @@ def _inverse(back: fx.Node, order: fx.Node) -> None:
 def _summed(back: fx.Node, chosen: int, sizes: Shape) -> fx.Node:
     """The sum over each token's K slots, ``[N, H]``."""
     view = only_user(back)
-    _require(view is not None and op_name(view.target) in _RESHAPES, back, "its slots are not told apart by token")
+    _require(view is not None and op_name(view.target) in RESHAPES, back, "its slots are not told apart by token")
     assert view is not None
     _require(_shape(view) == (sizes[0], chosen, sizes[1]), view, f"its slots are not [N, {chosen}, H]")
     total = only_user(view)
@@ -231,6 +262,7 @@ def _replace(found: Experts) -> None:
         emit(like, aten.reshape.default, slots, [-1, found.chosen]) for slots in (found.slot_ids, found.slot_weights)
     )
     op = torch.ops.cpcompile.routed_experts.default
-    made = emit(like, op, found.hidden, ids, weights, found.gate_up, found.down)
+    part = () if found.part is None else (found.part,)
+    made = emit(like, op, found.hidden, ids, weights, found.gate_up, found.down, *part)
     like.replace_all_uses_with(made)
     erase(like)

@@ -26,6 +26,7 @@ PASSES: Mapping[str, str] = {
     "inline-composites": "cpcompile.passes.inline_composites:InlineComposites",
     "paged-keys": "cpcompile.passes.paged_keys:PagedKeys",
     "npu-attention": "cpcompile.passes.npu_attention:NpuAttention",
+    "npu-moe-dispatch": "cpcompile.passes.npu_moe_dispatch:NpuMoeDispatch",
     "npu-routed-experts": "cpcompile.passes.npu_routed_experts:NpuRoutedExperts",
     "npu-gating": "cpcompile.passes.npu_gating:NpuGating",
     "npu-norms": "cpcompile.passes.npu_norms:NpuNorms",

@@ -8,10 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import expert_ranks
 import models
 import serving_models
 import shared_modules
 import torch
+import torch.distributed as dist
 import torch.fx as fx
 from simulate import fake_rank
 
@@ -42,6 +44,9 @@ WIDE = {
 }  # fmt: skip
 
 
+PLAIN = Settings()
+
+
 @cache
 def traced(kind: str) -> tuple[Trace, Any]:
     """Rank 0 of 2 of a model of one dense and one sparse layer, wide enough for MC2."""
@@ -60,7 +65,7 @@ def lowered(kind: str, strategy: str, mc2: bool = False, tokens: int = 64) -> di
         compiled = compile_graph(
             gm, trace.inputs, Options.parse(options), lambda a: OfflineExchange(a.size, a.rank), [axis_of("tp", mesh)]
         )
-        return written(compiled.at(tokens).gm, mc2)
+        return written(compiled.at(tokens).gm, Settings(mc2=mc2))
 
 
 def served(layer: str, layout: str) -> dict[str, Any]:
@@ -86,11 +91,25 @@ def shared_o_proj() -> dict[str, Any]:
         return written(share_modules(trace.gm, modules, "equal").gm)
 
 
-def written(gm: fx.GraphModule, mc2: bool = False) -> dict[str, Any]:
+def dispatched(tokens: int) -> dict[str, Any]:
+    """The same of a layer whose experts are split over two ranks that share the context, for one token count."""
+    with fake_rank(0, 2) as mesh, torch.no_grad():
+        model = expert_ranks.split(expert_ranks.model(), mesh["tp"], "cp")
+        trace = capture(model, input_ids=torch.zeros((1, 10), dtype=torch.long), use_cache=False)
+        options = {"strategy": "cp", "profile": "ascend-a3", "replicated": ["*"], "axes": {"cp": mesh["tp"]}}
+        compiled = compile_graph(
+            trace.gm, trace.inputs, Options.parse(options), lambda a: OfflineExchange(a.size, a.rank)
+        )
+        gm = compiled.at(tokens).gm
+        own = dist.new_group([0, 1]).group_name
+        return written(specialise(gm, sizes_for(gm, compiled.tokens, tokens)), Settings(moe_dispatch=own))
+
+
+def written(gm: fx.GraphModule, settings: Settings = PLAIN) -> dict[str, Any]:
     from torchair._ge_concrete_graph.ge_ir_pb2 import ModelDef
 
     with tempfile.TemporaryDirectory() as folder:
-        export(gm, Path(folder), Settings(mc2=mc2))
+        export(gm, Path(folder), settings)
         files = sorted(path.name for path in Path(folder).iterdir())
         summary = json.loads((Path(folder) / "summary.json").read_text())
         model = ModelDef()
@@ -98,7 +117,7 @@ def written(gm: fx.GraphModule, mc2: bool = False) -> dict[str, Any]:
     lines = []
     for op in model.graph[0].op:
         if op.type not in GLUE:
-            group = op.attr["group"].s.decode() if "group" in op.attr else ""
+            group = next((op.attr[key].s.decode() for key in ("group", "group_ep") if key in op.attr), "")
             lines.append(f"{op.type} {group}".rstrip())
     return {**summary, "files": files, "text": "\n".join(lines) + "\n"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import expert_ranks
 import models
 import serving_models
 import torch
@@ -42,6 +43,13 @@ def logits(kind: str, tokens: int) -> torch.Tensor:
 
 def _target(kind: str, mesh: DeviceMesh | None) -> Any:
     return model(kind, mesh), (), {"input_ids": torch.zeros((1, 10), dtype=torch.long), "use_cache": False}
+
+
+def experts(mesh: DeviceMesh) -> Any:
+    """Experts split over the axis ``cp`` by their numbers, all else whole."""
+    return expert_ranks.split(expert_ranks.model(), mesh["cp"], "cp"), (), {
+        "input_ids": torch.zeros((1, 10), dtype=torch.long), "use_cache": False,
+    }  # fmt: skip
 
 
 def serving_model(dense: bool = False) -> serving_models.Serving:

@@ -53,6 +53,15 @@ def build(config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Pre
     return model
 
 
+# Experts split over the ranks by their numbers; the router masks those of other ranks.
+EXPERT_PLAN = {
+    "model.layers.*.mlp.gate": "ep_router",
+    "model.layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+    "model.layers.*.mlp.experts.down_proj": "grouped_gemm",
+    "model.layers.*.mlp.experts": "moe_tp_experts",
+}
+
+
 def shard(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
     """Make ``model`` tensor-parallel by the library's own plan, with attention and embedding sharded as well."""
     attention = "model.layers.*.self_attn."

@@ -69,10 +69,13 @@ def expert_model(kind: str) -> Any:
 
 
 def split_experts(kind: str, how: str, mesh: Any) -> Any:
-    """A model that is whole on every rank but for its experts: split within (``"tp"``) or by number (``"ep"``)."""
+    """A model that is whole on every rank but for its experts: split within (``"tp"``) or by number (``"ep"``).
+
+    By number in the library's own way (``"plan"``), whose router masks the experts of other ranks.
+    """
     model = expert_model(kind)
-    if how == "tp":
-        model._tp_plan = PLAN
+    if how in ("tp", "plan"):
+        model._tp_plan = PLAN if how == "tp" else models.EXPERT_PLAN
         return apply_tensor_parallelism(model, mesh)
     for layer in model.model.layers[1:]:
         layer.mlp.experts = OwnExperts(layer.mlp.experts, mesh)
@@ -102,7 +105,14 @@ def last_proves(size: int, **options: Any) -> list[dict[str, Any]]:
 
 CASES = [
     (k, h, c)
-    for k, h, sizes in (("v3", "tp", (2, 8)), ("v3", "ep", (3, 4)), ("v32", "tp", (3, 4)), ("v32", "ep", (2, 8)))
+    for k, h, sizes in (
+        ("v3", "tp", (2, 8)),
+        ("v3", "ep", (3, 4)),
+        ("v32", "tp", (3, 4)),
+        ("v32", "ep", (2, 8)),
+        ("v3", "plan", (3,)),
+        ("v32", "plan", (4,)),
+    )
     for c in sizes
 ]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from ascend_process import AscendProcess
-from ge_layers import exported_by_backend, lowered, served, shared_o_proj, specialised
+from ge_layers import dispatched, exported_by_backend, lowered, served, shared_o_proj, specialised
 
 from cpcompile.errors import AscendError, OptionError
 from cpcompile.options import Options
@@ -89,6 +89,20 @@ def test_an_o_proj_that_four_ranks_share(ascend: AscendProcess) -> None:
     )
     assert [row["ranks"] for row in found["collectives"]] == [[0, 1, 2, 3]] * 2
     assert not found["unsupported"]
+
+
+def test_rows_go_to_their_experts_and_back(ascend: AscendProcess) -> None:
+    """Over a group of their own; only keys and logits are gathered."""
+    found = ascend(dispatched, 33)
+    (own,) = {row["group"] for row in found["collectives"] if row["op"].startswith("Moe")}
+    assert own != PAIR.strip()
+    attention = "MatMul, RmsNorm, 2 MatMul, RmsNorm, HcomAllGather, MatMul, SoftmaxV2, MatMul, AddRmsNorm"
+    assert ops(found, PAIR).replace(f" {own}", "") == sequence(
+        "RmsNorm", attention, "MatMul, MoeGatingTopK, MatMul, Swish, 2 MatMul",
+        "MoeDistributeDispatchV2, GroupedMatmul, SwiGlu, GroupedMatmul, MoeDistributeCombineV2",
+        "AddRmsNorm, MatMul, HcomAllGather",
+    )  # fmt: skip
+    assert [row["ranks"] for row in found["collectives"]] == [[0, 1]] * 4 and not found["unsupported"]
 
 
 MLA = (

@@ -163,3 +163,21 @@ def test_the_serving_form(ascend: AscendProcess, tmp_path: Path, target: str, si
             assert len(order) == len(written) == len(caches)
             for source, cache in zip(order, written, strict=True):
                 torch.testing.assert_close(cache, expected[int(source[12:-1])], rtol=0, atol=TOLERANCE)
+
+
+def test_rows_go_to_experts_over_a_group_of_their_own(tmp_path: Path, ascend: AscendProcess) -> None:
+    axis = ("--axis", "cp=2", "--rank", 1, "--strategy", "cp", "--static", "--tokens", 7, "--replicated", "*")
+    text = ascend(lower, f"{TARGETS}:experts", "-o", tmp_path, *axis, "--moe-dispatch", "cp")
+    assert "NOT LOWERED" not in text
+    rows = [r for r in summary(tmp_path, 1)["collectives"] if r["op"].startswith("Moe")]
+    assert [r["op"] for r in rows] == ["MoeDistributeDispatchV2", "MoeDistributeCombineV2"]
+    assert all(r["ranks"] == [0, 1] for r in rows)
+    others = {r["group"] for r in summary(tmp_path, 1)["collectives"]} - {r["group"] for r in rows}
+    assert len(others) == 1
+
+
+def test_an_axis_of_experts_that_is_none(tmp_path: Path) -> None:
+    arguments = ["lower", f"{TARGETS}:v3", "-o", str(tmp_path), "--axis", "tp=2", "--moe-dispatch", "ep"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("cpcompile: error: --moe-dispatch ep: there is no such --axis")

@@ -167,6 +167,17 @@ def test_half_precision_is_summed_in_float32() -> None:
 INPUTS = tokens_of((4, 4, 4))
 
 
+UNLIKE = tokens_of((5, 1, 3))
+
+
+def mask_of(rows: int) -> Tensor:
+    return torch.arange(rows) < 4
+
+
+def masked(mask: list[bool]) -> None:
+    dispatched("V2", [{**own, "x_active_mask": torch.tensor(mask)} for own in INPUTS])
+
+
 def back(version: str, **changes: Any) -> None:
     """The way back of what was sent, with other outputs of the first rank."""
     sent = dispatched(version, INPUTS)
@@ -201,6 +212,17 @@ def back(version: str, **changes: Any) -> None:
             lambda: dispatched("", [{**i, "x_active_mask": torch.ones(4, dtype=torch.bool)} for i in INPUTS]),
             "input 'x_active_mask' is not part of the reference",
         ),
+        (lambda: masked([False, True, True, True]), "x_active_mask: expected active tokens ahead of the others"),
+        (lambda: masked([True] * 3), r"x_active_mask: expected \[4\], found \[3\]"),
+        (
+            lambda: dispatched("V2", [{**i, "x_active_mask": mask_of(len(i["x"]))} for i in UNLIKE], global_bs=15),
+            r"x_active_mask: expected all tokens where ranks have \[5, 1, 3\], found 4 of 5",
+        ),
+        (
+            lambda: dispatched("V2", [{**i, "expert_ids": i["expert_ids"][:, :1].repeat(1, 2)} for i in INPUTS]),
+            "expert_ids: expected different ones for each token",
+        ),
+        (lambda: back("", more={"x_active_mask": mask_of(4)}), "'x_active_mask' is not part of the reference"),
         (lambda: back("", more={"activation_scale": torch.ones(4)}), "'activation_scale' is not part of the reference"),
         (lambda: back("", more={"group_list": torch.ones(2).long()}), "'group_list' is not part of the reference"),
         (lambda: back("", more={"expert_scales": torch.ones(4, 1)}), r"expert_scales: expected \[4, 2\]"),
@@ -227,3 +249,28 @@ def test_rows_that_are_told_to_be_of_one_pair_twice_are_an_error() -> None:
 
     with pytest.raises(GeError, match="expected rows of 8 pairs"):
         back("V2", outputs={2: twice})
+
+
+@pytest.mark.parametrize("active", [(2, 4, 0), (0, 0, 0)])
+def test_tokens_that_a_mask_leaves_out_go_nowhere(active: tuple[int, ...]) -> None:
+    """What they become is not said; the others are as they are without them."""
+    masks = [torch.arange(4) < count for count in active]
+    inputs = [{**own, "x_active_mask": mask} for own, mask in zip(INPUTS, masks, strict=True)]
+    sent = dispatched("V2", inputs)
+    assert sum(int(found[3].sum()) for found in sent) == sum(active) * CHOSEN
+    assert all(len(found[0]) == 4 * RANKS * min(LOCAL, CHOSEN) for found in sent)
+    given = [
+        {
+            "expand_x": applied(rank, sent[rank][0], sent[rank][3]), "expert_ids": own["expert_ids"],
+            "assist_info_for_combine": sent[rank][2], "ep_send_counts": sent[rank][4],
+            "expert_scales": scales_of(own["expert_ids"]), "x_active_mask": masks[rank],
+        }
+        for rank, own in enumerate(INPUTS)
+    ]  # fmt: skip
+    found = run_ranks("MoeDistributeCombineV2", given, 1, attrs_of())
+    for own, count, (out,) in zip(INPUTS, active, found, strict=True):
+        ids = own["expert_ids"][:count]
+        weights = scales_of(own["expert_ids"])[:count]
+        expected = torch.einsum("nk,nh,nkhi->ni", weights, own["x"][:count], MATRICES[ids.long()])
+        torch.testing.assert_close(out[:count], expected, rtol=1e-5, atol=1e-5)
+        assert out[count:].isnan().all()

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from cpcompile.axes import Axis
+from cpcompile.backend import settings_of
 from cpcompile.costs import PROFILES
-from cpcompile.errors import OptionError
+from cpcompile.errors import GroupError, OptionError
 from cpcompile.lowering.targets import TARGETS as LOWERINGS
 from cpcompile.options import STRATEGIES, TARGETS, VERIFICATIONS, Options
 from cpcompile.plan import Plan
@@ -113,3 +115,11 @@ def test_options_are_not_changed() -> None:
     given = {"require": "*o_proj"}
     Options.parse(given)
     assert given == {"require": "*o_proj"}
+
+
+def test_dispatch_needs_a_group_of_its_own() -> None:
+    with pytest.raises(GroupError, match="moe_dispatch needs the process group 'mc2'"):
+        settings_of(Options.parse({"moe_dispatch": True}), None)
+    own = Axis("mc2", "own group", 2, 0, (0, 1))
+    assert settings_of(Options.parse({"moe_dispatch": True, "groups": {"mc2": own}}), None).moe_dispatch == "own group"
+    assert settings_of(Options.parse({"groups": {"mc2": own}}), None).moe_dispatch == ""

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.fx as fx
+from torch._ops import OpOverload
 
 from cpcompile.lowering.ascend.conversion import Converted
-from cpcompile.passes.collectives import bound, is_collective
+from cpcompile.passes.collectives import arguments, bound, is_collective
 from cpcompile.passes.describe import module_of
 from cpcompile.passes.token_layout import product, size_expr
 
@@ -87,11 +88,11 @@ def _write_options(folder: Path, of_graph: Mapping[str, Any], of_all: Mapping[st
 
 def _collectives(gm: fx.GraphModule, graph: Any) -> list[dict[str, Any]]:
     """Torchair converts collectives one to one and in order."""
-    ops = [op for op in graph.op if op.type.startswith("Hcom") or "group" in op.attr]
+    ops = [op for op in graph.op if op.type.startswith("Hcom") or "group" in op.attr or "group_ep" in op.attr]
     nodes = [node for node in gm.graph.nodes if is_collective(node) or _fused(node)]
     rows = []
     for index, op in enumerate(ops):
-        group = op.attr["group"].s.decode()
+        group = op.attr["group_ep" if "group_ep" in op.attr else "group"].s.decode()
         ranks = [int(rank) for rank in group.partition("rank_list=")[2].split(",") if rank]
         node = nodes[index] if len(nodes) == len(ops) else None
         rows.append(
@@ -108,15 +109,18 @@ def _collectives(gm: fx.GraphModule, graph: Any) -> list[dict[str, Any]]:
 
 
 def _fused(node: fx.Node) -> bool:
-    """A product with its collective, or torchair's own all-to-all."""
+    """A product with its collective, torchair's own all-to-all, or rows to their experts and back."""
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(argument.name in ("hcom", "ranks") for argument in schema.arguments)
+    names = {argument.name for argument in schema.arguments} if schema is not None else set()
+    return bool(names & {"hcom", "ranks", "group_ep"})
 
 
 def _bytes(node: fx.Node) -> Any:
-    """What a rank gives to the collective, in bytes."""
+    """What a rank gives to the collective, in bytes; of rows for experts, one for each of its tokens' choices."""
+    given = arguments(node) if isinstance(node.target, OpOverload) else {}
     value = bound(node)[0].meta["val"]
-    return product([size_expr(size) for size in value.shape]) * value.element_size()
+    rows = given["expert_ids"].meta["val"].shape if "expert_ids" in given else value.shape[:-1]
+    return product([size_expr(size) for size in (*rows, *value.shape[-1:])]) * value.element_size()
 
 
 def _inputs(gm: fx.GraphModule, converted: Converted, known: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from cpcompile.lowering.ge.ops_collectives import Talk
-from cpcompile.lowering.ge.ops_moe_exchange import INFO, Experts, among_equals, pairs_per_rank, rows_exchanged
+from cpcompile.lowering.ge.ops_moe_exchange import (
+    INFO,
+    Experts,
+    active_rows,
+    among_equals,
+    pairs_per_rank,
+    roomy,
+    rows_exchanged,
+)
 from cpcompile.lowering.ge.ops_shape import ints
 from cpcompile.lowering.ge.signatures import expect, expect_default, expect_unfed, op
 
@@ -49,6 +57,8 @@ def _combined(
         whole = yield from rows_exchanged(pairs[order, None], sent, received, experts.group)
         places = whole[:, 0]
     assert places is not None
+    if not len(expert_ids):
+        return rows.new_empty(0, rows.shape[1])
     every = list(range(expert_ids.numel()))
     expect(sorted(places.tolist()) == every, f"expected rows of {len(every)} pairs, found {places.tolist()}")
     whole = torch.empty(len(every), rows.shape[1])
@@ -60,7 +70,7 @@ def _combined(
 def _check(experts: Experts, expert_ids: Tensor, expert_scales: Tensor, said: Mapping[str, Any]) -> Talk:
     yield from experts.check(expert_ids, len(expert_scales), said)
     expect_default(said, out_dtype=0, comm_quant_mode=0, group_list_type=0)
-    refused = ("tp_send_counts", "x_active_mask", "activation_scale", "weight_scale", "group_list", "expand_scales")
+    refused = ("tp_send_counts", "activation_scale", "weight_scale", "group_list", "expand_scales")
     expect_unfed(**{name: said[name] for name in refused})
     expect(expert_scales.shape == expert_ids.shape, f"expert_scales: expected {list(expert_ids.shape)}")
 
@@ -104,6 +114,7 @@ def moe_distribute_combine(
     """
     said = locals()
     experts = Experts(group_ep, ep_world_size, ep_rank_id, moe_expert_num)
+    expect_unfed(x_active_mask=x_active_mask)
     yield from _check(experts, expert_ids, expert_scales, said)
     sources = _sources(experts, expand_x, ep_send_counts)
     expect(torch.equal(expand_idx, among_equals(expert_ids)), "expand_idx is not of a dispatch to these experts")
@@ -159,6 +170,7 @@ def moe_distribute_combine_v2(
 ) -> Talk:
     """As MoeDistributeCombine, of rows that MoeDistributeDispatchV2 made and told of.
 
+    What tokens become that ``x_active_mask [BS]`` leaves out is not said: NaN here.
     ``shared_expert_x`` is refused: the documentation's formula weighs it, its text does not. Source:
     REG_OP(MoeDistributeCombineV2); aclnnMoeDistributeCombineV2.
     """
@@ -175,5 +187,8 @@ def moe_distribute_combine_v2(
     info = assist_info_for_combine.view(-1, INFO)[: len(sources)].long()
     expect(torch.equal(info[:, 0], sources), "assist_info_for_combine and ep_send_counts are of different dispatches")
     pairs = info[:, 1] * expert_ids.shape[1] + info[:, 2]
-    rows = expand_x[: len(sources)]
-    return (yield from _combined(experts, rows, sources, expert_ids, expert_scales, None, pairs))
+    rows, tokens = expand_x[: len(sources)], len(expert_ids)
+    active = active_rows(x_active_mask, tokens)
+    ids, scales = expert_ids[:active], expert_scales[:active]
+    found = yield from _combined(experts, rows, sources, ids, scales, None, pairs)
+    return roomy(found, tokens)

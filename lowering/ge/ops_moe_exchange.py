@@ -49,6 +49,19 @@ class Experts:
         expect(len(expert_ids) == rows, f"expected experts of {rows} tokens, found {len(expert_ids)}")
         inside = (expert_ids >= 0) & (expert_ids < self.count)
         expect(bool(inside.all()), f"expert_ids: expected numbers in [0, {self.count})")
+        apart = expert_ids.sort(1).values.diff(dim=1) > 0
+        expect(bool(apart.all()), "expert_ids: expected different ones for each token")
+
+
+def active_rows(x_active_mask: Tensor | None, rows: int) -> int:
+    """How many of ``rows`` tokens take part: those that ``x_active_mask [BS]`` names, which are the first; else all."""
+    if x_active_mask is None:
+        return rows
+    found = x_active_mask.shape
+    expect(list(found) == [rows], f"x_active_mask: expected [{rows}], found {list(found)}")
+    count = int(x_active_mask.sum())
+    expect(bool(x_active_mask[:count].all()), "x_active_mask: expected active tokens ahead of the others")
+    return count
 
 
 def pairs_per_rank(experts: Experts, expert_ids: Tensor) -> list[list[int]]:
@@ -57,7 +70,7 @@ def pairs_per_rank(experts: Experts, expert_ids: Tensor) -> list[list[int]]:
     return counts.view(experts.ranks, -1).tolist()
 
 
-def _greeted(experts: Experts, tokens: int, global_bs: int, per_rank: list[list[int]]) -> Talk:
+def _greeted(experts: Experts, tokens: int, active: int, global_bs: int, per_rank: list[list[int]]) -> Talk:
     """``[ranks, local]``: how many rows each rank sends to this one's experts. Ranks must agree on the tokens."""
     heads = [torch.tensor([experts.rank, tokens, *counts]) for counts in per_rank]
     flat = yield from exchanged(heads, [2 + experts.local] * experts.ranks, experts.group)
@@ -67,19 +80,23 @@ def _greeted(experts: Experts, tokens: int, global_bs: int, per_rank: list[list[
     most = global_bs // experts.ranks
     fits = max(sizes) <= most and global_bs % experts.ranks == 0 if global_bs else len(set(sizes)) == 1
     expect(fits, f"attribute 'global_bs': expected {max(sizes) * experts.ranks} for tokens {sizes}, found {global_bs}")
+    alike = len(set(sizes)) == 1 or active == tokens
+    expect(alike, f"x_active_mask: expected all tokens where ranks have {sizes}, found {active} of {tokens}")
     return table[:, 2:]
 
 
 def _dispatched(
-    experts: Experts, x: Tensor, expert_ids: Tensor, scales: Tensor | None, said: Mapping[str, Any]
+    experts: Experts, x: Tensor, expert_ids: Tensor, scales: Tensor | None, active: int, said: Mapping[str, Any]
 ) -> Talk:
     """The outputs of both versions, and each row's ``[rank, token, place among its experts]``."""
     yield from experts.check(expert_ids, len(x), said)
     expect_default(said, quant_mode=(0, 2), expert_token_nums_type=(0, 1))
     quantised = said["quant_mode"] == 2
     expect(quantised or scales is None, "input 'scales' is for quantised rows; expected it unfed")
+    room = (said["global_bs"] or len(x) * experts.ranks) * min(experts.local, expert_ids.shape[1])
+    tokens, x, expert_ids = len(x), x[:active], expert_ids[:active]
     chosen, per_rank = expert_ids.shape[1], pairs_per_rank(experts, expert_ids)
-    received = yield from _greeted(experts, len(x), said["global_bs"], per_rank)
+    received = yield from _greeted(experts, tokens, active, said["global_bs"], per_rank)
     flat = expert_ids.reshape(-1).long()
     order = flat.sort(stable=True).indices
     rows = x[order // chosen]
@@ -92,14 +109,13 @@ def _dispatched(
     ranks, local = torch.meshgrid(*(torch.arange(n) for n in received.shape), indexing="ij")
     keys = (local * experts.ranks + ranks).reshape(-1).repeat_interleave(received.reshape(-1))
     arrived = []
-    for part in (rows, origin, factors.view(len(rows), -1)):
+    for part in (rows, origin, factors.view(len(rows), int(quantised))):
         whole = yield from rows_exchanged(part, sent, counts, experts.group)
         arrived.append(whole[keys.sort(stable=True).indices])
-    room = (said["global_bs"] or len(x) * experts.ranks) * min(experts.local, chosen)
     per_expert = received.sum(0)
     totals = per_expert if said["expert_token_nums_type"] == 1 else per_expert.cumsum(0)
     ends = received.T.reshape(-1).cumsum(0).to(torch.int32)
-    expanded, dynamic = _roomy(arrived[0], room), _roomy(arrived[2].reshape(-1), room if quantised else 0)
+    expanded, dynamic = roomy(arrived[0], room), roomy(arrived[2].reshape(-1), room if quantised else 0)
     return expanded, dynamic, arrived[1], totals, ends
 
 
@@ -110,8 +126,8 @@ def rows_exchanged(rows: Tensor, sent: list[int], received: list[int], group: st
     return flat.view(sum(received), width)
 
 
-def _roomy(rows: Tensor, room: int) -> Tensor:
-    """``rows`` and, up to ``room`` of them, rows of anything."""
+def roomy(rows: Tensor, room: int) -> Tensor:
+    """``rows`` and, up to ``room`` of them, rows of anything: NaN."""
     y = rows.new_empty(room, *rows.shape[1:])
     spoil(y)
     y[: len(rows)] = rows
@@ -163,7 +179,7 @@ def moe_distribute_dispatch(
     said = locals()
     expect_unfed(x_active_mask=x_active_mask, expert_scales=expert_scales)
     experts = Experts(group_ep, ep_world_size, ep_rank_id, moe_expert_num)
-    expanded, dynamic, _, totals, ends = yield from _dispatched(experts, x, expert_ids, scales, said)
+    expanded, dynamic, _, totals, ends = yield from _dispatched(experts, x, expert_ids, scales, len(x), said)
     nothing = ends.new_empty(0), torch.empty(0)
     return expanded, dynamic, among_equals(expert_ids), totals, ends, *nothing
 
@@ -204,18 +220,20 @@ def moe_distribute_dispatch_v2(
 ) -> Talk:
     """As MoeDistributeDispatch, but ``expand_idx [A * 128]`` tells of each row where it came from.
 
-    ``y_dtype`` is the result's, as torchair says it; 0 leaves it to ``quant_mode``. Source:
-    REG_OP(MoeDistributeDispatchV2); aclnnMoeDistributeDispatchV2. Experts that compute nothing, copy or are constant,
+    Tokens that ``x_active_mask [BS]`` leaves out, none of them ahead of others, are not sent. ``y_dtype`` is the
+    result's, as torchair says it; 0 leaves it to ``quant_mode``. Source: REG_OP(MoeDistributeDispatchV2);
+    aclnnMoeDistributeDispatchV2. A mask by choices, experts that compute nothing, copy or are constant,
     fewer ranks than at the start, and the layered algorithm are refused.
     """
     said = locals()
-    expect_unfed(x_active_mask=x_active_mask, expert_scales=expert_scales, elastic_info=elastic_info)
+    expect_unfed(expert_scales=expert_scales, elastic_info=elastic_info)
     expect_unfed(performance_info=performance_info)
     expect_default(said, comm_alg=("", "fullmesh"), zero_expert_num=0, copy_expert_num=0, const_expert_num=0)
     experts = Experts(group_ep, ep_world_size, ep_rank_id, moe_expert_num)
-    expanded, dynamic, origin, totals, ends = yield from _dispatched(experts, x, expert_ids, scales, said)
+    active = active_rows(x_active_mask, len(x))
+    expanded, dynamic, origin, totals, ends = yield from _dispatched(experts, x, expert_ids, scales, active, said)
     promised = OF_ATTRIBUTE.get(y_dtype) if y_dtype else expanded.dtype
     expect(expanded.dtype == promised, f"attribute 'y_dtype': expected that of {expanded.dtype}, found {y_dtype}")
-    info = _roomy(torch.nn.functional.pad(origin.to(torch.int32), (0, INFO - 3)), len(expanded)).reshape(-1)
+    info = roomy(torch.nn.functional.pad(origin.to(torch.int32), (0, INFO - 3)), len(expanded)).reshape(-1)
     nothing = ends.new_empty(0), torch.empty(0)
     return expanded, dynamic, info, totals, ends, *nothing
