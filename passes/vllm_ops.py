@@ -31,6 +31,7 @@ OPAQUE: Mapping[str, str] = {
 #: What stands for SGLang's modules in its graphs (``cpcompile/serving/sglang_hooks.py``).
 _SGLANG: Mapping[str, str] = {
     "cpcompile_sglang::attention": "it writes and reads a cache that the batch holds, by the whole batch's lengths",
+    "cpcompile_sglang::indexer": "it writes and scores keys in a cache of the batch's, by the whole batch's lengths",
     "cpcompile_sglang::experts": _ROUTES,
 }
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import ge_targets
 import pytest
 import torch
+import torch.fx as fx
 from ascend_process import AscendProcess
 from ge_devices import captured, configured, on_device, transposed
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cpcompile.errors import AscendError
+from cpcompile.lowering.ascend import device
 
 TOKENS = [1, 7, 16]
 
@@ -37,6 +42,17 @@ def test_a_value_that_the_host_waits_for_is_not_captured(ascend: AscendProcess, 
     message = rf"^aten\.{op}\.default \({op}\w*\) brings a value to the host, .* use target 'torchair'$"
     with pytest.raises(AscendError, match=message):
         ascend(captured, op)
+
+
+@pytest.mark.parametrize(("dtype", "why"), [(torch.long, ""), (torch.int32, ""), (torch.bool, "aten.index.Tensor")])
+def test_rows_are_picked_by_numbers_but_not_by_a_mask(dtype: torch.dtype, why: str) -> None:
+    graph = fx.Graph()
+    table, rows = graph.placeholder("table"), graph.placeholder("rows")
+    with FakeTensorMode():
+        rows.meta["val"] = torch.ones(3, dtype=dtype)
+    graph.output(graph.call_function(torch.ops.aten.index.Tensor, (table, [None, rows])))
+    with pytest.raises(AscendError, match=why) if why else contextlib.nullcontext():
+        device._check_capturable(fx.GraphModule({}, graph))
 
 
 def test_what_needs_no_host_is_captured(ascend: AscendProcess) -> None:

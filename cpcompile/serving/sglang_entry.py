@@ -48,15 +48,20 @@ def compile_model(model: torch.nn.Module, options: Mapping[str, Any]) -> None:
     name_modules(model)
     body: Any = model.model
     compiled = torch.compile(body.forward, backend=Entry(options), dynamic=True, fullgraph=True)
-    body.forward = with_batch(compiled)
+    body.forward = with_batch(compiled, body.forward)
 
 
-def with_batch(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """``compiled``, a model's forward, with its batch where opaque ops find it; says so if it was not compiled."""
+def with_batch(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """``compiled``, a model's forward, with its batch where opaque ops find it; says so if it was not compiled.
+
+    Args:
+        compiled: the forward, compiled.
+        plain: the forward itself, for whoever compiles a larger graph around it.
+    """
     told = False
 
     @torch.no_grad()
-    def forward(input_ids: Any, positions: Any, forward_batch: Any, *rest: Any, **more: Any) -> Any:
+    def run(input_ids: Any, positions: Any, forward_batch: Any, *rest: Any, **more: Any) -> Any:
         nonlocal told
         Batch.current, calls = forward_batch, Entry.calls
         try:
@@ -66,5 +71,8 @@ def with_batch(compiled: Callable[..., Any]) -> Callable[..., Any]:
             if not told and Entry.calls == calls:
                 log.warning("cpcompile was NEVER called: this model runs uncompiled (look for TORCH_COMPILE_DISABLE)")
             told = True
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs) if torch.compiler.is_compiling() else run(*args, **kwargs)
 
     return forward

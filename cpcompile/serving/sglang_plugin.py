@@ -36,7 +36,7 @@ def _resolve(server_args: Any, *_: Any, **__: Any) -> None:
         return
     _log_as_sglang()
     _tell(plain(options))
-    if server_args.enable_torch_compile:
+    if server_args.enable_torch_compile and not _compiles_decode():
         log.warning(
             "cpcompile: --enable-torch-compile would compile decode steps with SGLang's own backend: leave it out (%s "
             "alone turns cpcompile on)",
@@ -49,14 +49,26 @@ def _load(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
     options = read_options(runner.server_args)
     if options is None or runner.is_draft_worker:
         return original(runner, *args, **kwargs)
+    from cpcompile.serving import sglang_npu
     from cpcompile.serving.sglang_entry import compile_model
     from cpcompile.serving.sglang_hooks import install
 
     _log_as_sglang()
     install()
+    if runner.server_args.enable_torch_compile and _compiles_decode():
+        sglang_npu.install(options)
     done = original(runner, *args, **kwargs)
     compile_model(runner.model, options)
     return done
+
+
+def _compiles_decode() -> bool:
+    """Whether SGLang's platform names a backend for decode steps: that of NPUs, and whoever has one of its own."""
+    from sglang.srt.platforms import current_platform
+    from sglang.srt.platforms.interface import SRTPlatform
+
+    own = type(current_platform).get_compile_backend is not SRTPlatform.get_compile_backend
+    return own or current_platform.is_npu()
 
 
 def _log_as_sglang() -> None:

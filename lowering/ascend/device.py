@@ -59,12 +59,21 @@ def lower_npugraph_ex(gm: fx.GraphModule, example_inputs: Sequence[Any], setting
 def _check_capturable(gm: fx.GraphModule) -> None:
     """Refuse what stops a capture: the host would wait for a value of the device, which computes nothing yet."""
     for node in gm.graph.nodes:
-        if HOST_READS.intersection(getattr(node.target, "tags", ())):
+        if HOST_READS.intersection(getattr(node.target, "tags", ())) and not _picks_by_number(node):
             where = f" in {module_of(node)}" if module_of(node) else ""
             raise AscendError(
                 f"{node.target} ({node.name}{where}) brings a value to the host, which a captured graph cannot: "
                 "write it with sizes that are known without, or use target 'torchair'"
             )
+
+
+def _picks_by_number(node: fx.Node) -> bool:
+    """Whether ``node`` is an index by numbers alone: a mask would decide how many rows there are, numbers do not."""
+    if node.target is not torch.ops.aten.index.Tensor:
+        return False
+    indices: Any = node.args[1]
+    masks = (torch.bool, torch.uint8)
+    return all(index is None or index.meta["val"].dtype not in masks for index in indices)
 
 
 def capture_config(torchair: Any) -> Any:

@@ -19,6 +19,9 @@ class NativeCpu(CpuDeviceMixin, SRTPlatform):
     def is_pin_memory_available(self, device: Any = None) -> bool:
         return False
 
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        return "eager" if mode else super().get_compile_backend(mode)
+
     def init_backend(self) -> None:
         """Attend over latents in prefill too: torch_native reads its keys from the cache, which holds latents alone."""
         from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from model_folder import make_folder
+from sglang.srt.platforms import current_platform
 from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import ServerArgs
 
 from cpcompile.errors import OptionError, PlanError
 from cpcompile.plan import AxisPlan, Plan
-from cpcompile.serving import sglang_entry, sglang_hooks
+from cpcompile.serving import sglang_entry, sglang_hooks, sglang_plugin
 from cpcompile.serving.sglang_settings import read_options
 
 
@@ -81,6 +82,17 @@ def test_a_model_that_is_not_compiled_is_told(caplog: pytest.LogCaptureFixture) 
         sglang_entry.compile_model(torch.nn.Linear(1, 1), {})
         assert "cpcompile will NOT be called: Linear" in caplog.text
         caplog.clear()
-        forward = sglang_entry.with_batch(lambda ids, positions, batch: ids)
+        forward = sglang_entry.with_batch(lambda ids, positions, batch: ids, print)
         forward(1, 2, 3), forward(1, 2, 3)
     assert caplog.text.count("cpcompile was NEVER called") == 1
+
+
+@pytest.mark.parametrize(("own", "warnings"), [(True, 0), (False, 1)])
+def test_sglangs_own_compilation_is_warned_of_where_it_does_not_pass_ours(
+    folder: str, own: bool, warnings: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not own:
+        monkeypatch.delattr(type(current_platform), "get_compile_backend")
+    with caplog.at_level(logging.WARNING, "cpcompile"):
+        sglang_plugin._resolve(arguments(folder, {"strategy": "tp"}, enable_torch_compile=True))
+    assert caplog.text.count("--enable-torch-compile would compile decode steps") == warnings
