@@ -33,9 +33,18 @@ def register() -> None:
     _hook(CompilationConfig, "init_backend", _init_backend)
     _hook(type(current_platform), "use_custom_op_collectives", _use_custom_op_collectives)
     _hook(WorkerWrapperBase, "init_device", _init_device)
+    _hook_reload()
     _hook_pieces()
     if vllm_ascend.is_here():
         vllm_ascend.hook(_hook)
+
+
+def _hook_reload() -> None:
+    from vllm.compilation import decorators
+
+    from cpcompile.serving import vllm_reload
+
+    _hook(decorators, "_try_load_aot_compiled_fn", vllm_reload.load)
 
 
 def _hook_pieces() -> None:
@@ -49,8 +58,8 @@ def _hook_pieces() -> None:
     _hook(CompilerManager, "compile", vllm_pieces.one_range)
 
 
-def _hook(owner: type, name: str, around: Callable[..., Any]) -> None:
-    """Let ``around(original, ...)`` run in the place of the method ``owner.name``."""
+def _hook(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Let ``around(original, ...)`` run in the place of ``owner.name``, a method or a module's function."""
     original = getattr(owner, name)
     if getattr(original, _HOOKED, False):
         return
@@ -148,7 +157,7 @@ def _set_environment(in_pieces: bool) -> list[str]:
         # Set for DeepSeek-V3.2 by default, and it turns compilation off without a word.
         os.environ["VLLM_USE_BREAKABLE_CUDAGRAPH"] = "0"
         changed.append("set VLLM_USE_BREAKABLE_CUDAGRAPH=0: breakable CUDA graphs turn compilation off")
-    if os.environ.get("VLLM_USE_AOT_COMPILE") != "0":
+    if in_pieces and os.environ.get("VLLM_USE_AOT_COMPILE") != "0":
         os.environ["VLLM_USE_AOT_COMPILE"] = "0"
         changed.append("set VLLM_USE_AOT_COMPILE=0: an artifact of another run holds facts that its ranks agreed on")
     if in_pieces and os.environ.get("VLLM_DISABLE_COMPILE_CACHE") != "1":

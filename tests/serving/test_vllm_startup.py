@@ -192,7 +192,7 @@ def test_options_version_and_plan_are_in_the_key_of_the_compile_cache(
     hashes = {first.compute_hash(), configure(folder, {"plan": plan, "strategy": "tp"}).compute_hash()}
     Path(plan).write_text(Path(plan).read_text() + " ")
     hashes.add(configure(folder, {"plan": plan}).compute_hash())
-    monkeypatch.setattr("cpcompile.serving.settings._version", lambda: "another")
+    monkeypatch.setattr("cpcompile.serving.settings.our_version", lambda: "another")
     hashes.add(configure(folder, {"plan": plan}).compute_hash())
     assert len(hashes) == 4
 
