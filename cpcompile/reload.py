@@ -13,9 +13,10 @@ from cpcompile.backend import exchange_for
 from cpcompile.identity import difference, identity
 from cpcompile.options import Options
 from cpcompile.replication import ParameterGuard, fingerprint
-from cpcompile.saved_code import SavedCode
+from cpcompile.saved_code import SavedCode, form
 
 NOTHING = "no saved code"
+_Post = tuple[str, str, dict[str, str]]  # why a rank cannot take its code, its word of a compilation, fingerprints
 
 
 def settle(
@@ -46,22 +47,27 @@ def settle(
     axes = [axis_of(name, group) for name, group in parsed.axes.items()]
     tensors: dict[str, torch.Tensor] = {}
     if found is not None:
-        problem = _misfit(found, parsed, axes) or _look_up(found, model, tensors)
-    prints = {name: fingerprint(tensor) for name, tensor in tensors.items()}
+        problem = _misfit(found, parsed, axes) or _look_up(found, model, tensors) or _unreadable(found)
+    prints = (
+        {name: fingerprint(tensors[name]) for name in found.grounds.watched.values()} if found and not problem else {}
+    )
     for axis in axes:
-        word, same = "", {}
+        post: _Post = (problem, "", {})
         if found is not None and not problem:
-            word, same = found.grounds.words[axis.name], {n: prints[n] for n in found.grounds.same[axis.name]}
-        posts = exchange_for(axis, parsed.timeout_s).all_gather((problem, word, same), "saved code")
-        problem = _verdict(axis, cast(Sequence[tuple[str, str, dict[str, str]]], posts))
+            post = ("", found.grounds.words[axis.name], {n: prints[n] for n in found.grounds.same[axis.name]})
+        posts = exchange_for(axis, parsed.timeout_s).all_gather(post, "saved code")
+        problem = _verdict(axis, cast(Sequence[_Post], posts))
     if found is not None and not problem:
-        watched = found.grounds.watched
-        guard = ParameterGuard([(name, tensors[name]) for name in watched.values()])
-        old = {axis.name: axis.group_name for axis in found.grounds.axes}
-        found.start(
-            {old[a.name]: a.group_name for a in axes}, lambda args: guard.check([args[place] for place in watched])
-        )
+        _start(found, axes, tensors)
     return problem
+
+
+def _start(found: SavedCode, axes: Sequence[Axis], tensors: Mapping[str, torch.Tensor]) -> None:
+    watched = found.grounds.watched
+    guard = ParameterGuard([(name, tensors[name]) for name in watched.values()])
+    names = {axis.name: axis.group_name for axis in axes}
+    groups = {axis.group_name: names[axis.name] for axis in found.grounds.axes}
+    found.start(groups, lambda args: guard.check([args[place] for place in watched]))
 
 
 def _misfit(found: SavedCode, options: Options, axes: Sequence[Axis]) -> str:
@@ -78,19 +84,27 @@ def _told(axes: Mapping[str, tuple[tuple[int, ...], int]]) -> str:
 
 
 def _look_up(found: SavedCode, model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> str:
-    """Find the tensors of the model that were compared when the code was made."""
-    for name in found.grounds.watched.values():
+    """Find the weights that the code is for; why not, where the model has others."""
+    for name, wanted in found.grounds.weights.items():
         try:
             value = operator.attrgetter(name)(model)
         except AttributeError:
-            value = None
-        if not isinstance(value, torch.Tensor):
-            return f"the model has no weight {name}"
+            return f"saved code is of another model: there is no weight {name}"
+        if form(value) != wanted:
+            return f"saved code is of another model: weight {name} was {wanted} and is {form(value)}"
         tensors[name] = value
     return ""
 
 
-def _verdict(axis: Axis, posts: Sequence[tuple[str, str, dict[str, str]]]) -> str:
+def _unreadable(found: SavedCode) -> str:
+    try:
+        found.read()
+    except Exception as error:  # whatever a damaged file leads to: the other ranks wait for this rank's word
+        return f"saved code cannot be read: {type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
+def _verdict(axis: Axis, posts: Sequence[_Post]) -> str:
     """The same on every rank of ``axis``: a function of what all of them said."""
     problems = [f"rank {rank} of axis {axis.name}: {said[0]}" for rank, said in enumerate(posts) if said[0]]
     if problems:

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.fx as fx
 from torch._inductor.output_code import OutputCode
 from torch._subclasses import FakeTensorMode
@@ -81,6 +82,12 @@ class RunCode(OutputCode):
 def group_names(gm: fx.GraphModule) -> set[str]:
     """Names of the process groups that ops of ``gm``, and of graphs in it, are given."""
     return {name for node, places in _given_groups(gm) for name in places.values()}
+
+
+def holds_tensors(gm: fx.GraphModule) -> bool:
+    """Whether ``gm``, or a graph in it, has tensors besides its inputs."""
+    own = (value for module in gm.modules() for value in vars(module).values())
+    return any(isinstance(v, torch.Tensor) for v in (*gm.parameters(), *gm.buffers(), *own))
 
 
 def rename_groups(gm: fx.GraphModule, groups: Mapping[str, str]) -> None:

@@ -23,7 +23,7 @@ from cpcompile.exchange import Exchange
 from cpcompile.graph_inputs import GraphInput
 from cpcompile.identity import identity
 from cpcompile.options import Options
-from cpcompile.run_code import RunCode, group_names
+from cpcompile.run_code import RunCode, group_names, holds_tensors
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Grounds:
         words: axis name → a word that its ranks agreed on in this compilation and in no other.
         same: axis name → inputs whose contents were seen to be the same on all of its ranks.
         watched: place among the graph's inputs → name, of all of these.
+        weights: parameter or buffer of the model → its shape and dtype.
         done: what was rewritten, as the log says it.
         refusal: why this code cannot be saved; empty where it can.
     """
@@ -45,6 +46,7 @@ class Grounds:
     words: dict[str, str] = field(default_factory=dict)
     same: dict[str, list[str]] = field(default_factory=dict)
     watched: dict[int, str] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
     refusal: str = ""
 
@@ -63,6 +65,7 @@ def grounds_of(
         AxisError: a rank does not take part.
     """
     found = Grounds(identity(options), list(compiled.axes), done=done)
+    found.weights = {i.name: form(i.value) for i in inputs if i.kind in ("parameter", "buffer")}
     for axis in compiled.axes:
         words = exchange_for(axis).all_gather(uuid.uuid4().hex, "word of this compilation")
         found.words[axis.name] = str(words[0])
@@ -72,6 +75,11 @@ def grounds_of(
         found.watched.update(seen)
     found.refusal = _refusal(compiled, inputs, target)
     return found
+
+
+def form(value: object) -> str:
+    """Shape and dtype of a weight, as words; of any other object its type."""
+    return f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def _refusal(compiled: Compiled, inputs: Sequence[GraphInput], target: str) -> str:
@@ -84,6 +92,8 @@ def _refusal(compiled: Compiled, inputs: Sequence[GraphInput], target: str) -> s
         return "parts of weights that ranks share are made when the graph is compiled"
     if any(isinstance(given.value, DTensor) for given in inputs):
         return "placements of DTensors are known when the graph is compiled"
+    if any(holds_tensors(v.gm) for v in compiled.variants):
+        return "the graph holds tensors of its own, which may be weights of this start"
     return _foreign_groups(compiled)
 
 
@@ -109,6 +119,8 @@ class SavedCode(SerializableCallable):
         self._call = call
         self.grounds = grounds
         self._pickled = pickled
+        self._code: RunCode | None = None
+        self._read: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph. Raises :class:`ReloadError` for reloaded code before ``start``."""
@@ -116,13 +128,17 @@ class SavedCode(SerializableCallable):
             raise ReloadError("saved code runs only after the ranks compared it: call cpcompile.reload.settle first")
         return self._call(*args, **kwargs)
 
-    def start(self, groups: Mapping[str, str], before: Callable[[list[Any]], None]) -> None:
-        """Make code that was read runnable; see :meth:`RunCode.start`."""
+    def read(self) -> None:
+        """Read the code, which may fail; it does not run yet."""
         entry = pickle.loads(self._pickled)
-        code: RunCode = entry.compiled_fw.result
-        call = deserialize_bundled_cache_entry(entry)
-        code.start(groups, before)
-        self._call = call
+        self._code = entry.compiled_fw.result
+        self._read = deserialize_bundled_cache_entry(entry)
+
+    def start(self, groups: Mapping[str, str], before: Callable[[list[Any]], None]) -> None:
+        """Run what was read from now on; see :meth:`RunCode.start`."""
+        assert self._code is not None, "read() comes first"
+        self._code.start(groups, before)
+        self._call = self._read
 
     def finalize_loading(self, vllm_config: object) -> None:
         """Called by vLLM when it has read a file. What is to be done needs the model: see ``reload.settle``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cpcompile.errors import ReloadError
@@ -14,6 +14,13 @@ from cpcompile.serving.vllm_entry import Entry, tensor_parallel_axes
 from cpcompile.serving.vllm_settings import names_us, read_options
 
 log = logging.getLogger("cpcompile")
+
+
+def keeps_code(options: Mapping[str, Any]) -> bool:
+    """Whether code of the target that ``options`` lead to on this platform can be saved: graphs that run op by op."""
+    from vllm.platforms import current_platform
+
+    return (options.get("target") or ("inductor" if current_platform.is_cuda_alike() else "eager")) == "eager"
 
 
 def load(original: Callable[..., Any], model: Any, path: str) -> Any:
