@@ -30,10 +30,13 @@ def our_version() -> str:
 def our_sources() -> str:
     """A digest of this package's Python files: an installation from a checkout changes without its version."""
     root = Path(__file__).parent
-    files = sorted(path for path in root.glob("**/*.py"))
-    files += sorted(path for room in ("passes", "lowering") for path in (root / room).glob("**/*.py"))
+    rooms = [
+        root,
+        root / "passes",
+        root / "lowering",
+    ]  # in a checkout the last two are links, which glob may not follow
     digest = hashlib.sha256()
-    for path in files:
+    for path in sorted({path for room in rooms for path in room.glob("**/*.py")}):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

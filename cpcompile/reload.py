@@ -48,9 +48,9 @@ def settle(
     tensors: dict[str, torch.Tensor] = {}
     if found is not None:
         problem = _misfit(found, parsed, axes) or _look_up(found, model, tensors) or _unreadable(found)
-    prints = (
-        {name: fingerprint(tensors[name]) for name in found.grounds.watched.values()} if found and not problem else {}
-    )
+    prints: dict[str, str] = {}
+    if found is not None and not problem:
+        prints = {name: fingerprint(tensors[name]) for name in found.grounds.watched.values()}
     for axis in axes:
         post: _Post = (problem, "", {})
         if found is not None and not problem:

@@ -40,6 +40,7 @@ class RunCode(OutputCode):
     before: Check | None
     graphs: list[fx.GraphModule]
     pickled: bytes = b""
+    failure: str = ""
 
     def __post_init__(self) -> None:
         """AOTAutograd asks for this by attribute."""
@@ -53,9 +54,12 @@ class RunCode(OutputCode):
         return self.run[which](args)
 
     def prepare_for_serialization(self) -> None:
-        """Leave what can be pickled: graphs without metadata. Called on a copy."""
+        """Leave what can be pickled: graphs without metadata. Called on a copy, before anyone asked to save it."""
         no_metadata = PickleOptions(ops_filter=None, node_metadata_key_filter=lambda key: False)
-        self.pickled = GraphPickler.dumps(self.graphs, no_metadata)
+        try:
+            self.pickled = GraphPickler.dumps(self.graphs, no_metadata)
+        except Exception as error:  # an op that cannot be pickled must not keep the graph from running
+            self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
         self.run, self.graphs, self.before = [], [], None
 
     def post_compile(self, example_inputs: Any, constants: Any, graph_kwargs: Any) -> None:

@@ -148,14 +148,21 @@ class SavedCode(SerializableCallable):
         """The contents of a file. Raises :class:`ReloadError` for code that cannot be saved."""
         if fn.grounds.refusal:
             raise ReloadError(f"cpcompile: this code is not saved: {fn.grounds.refusal}")
-        pickled = fn._pickled or pickle.dumps(fn._call.serialize())  # type: ignore[union-attr]
-        return pickle.dumps((fn.grounds, pickled))
+        return pickle.dumps((fn.grounds, fn._pickled or _pickle(fn._call)))
 
     @classmethod
     def deserialize_compile_artifacts(cls, data: bytes) -> SavedCode:
         """Code that was saved, which does not run yet."""
         grounds, pickled = pickle.loads(data)
         return cls(None, grounds, pickled)
+
+
+def _pickle(call: Any) -> bytes:
+    entry = call.serialize()
+    failure = entry.compiled_fw.result.failure
+    if failure:
+        raise ReloadError(f"cpcompile: this code is not saved: {failure}")
+    return pickle.dumps(entry)
 
 
 def is_wanted() -> bool:

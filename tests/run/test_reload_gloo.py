@@ -23,7 +23,7 @@ from cpcompile.run_code import group_names
 from cpcompile.saved_code import SavedCode
 
 WORLD, TOLERANCE = 2, 2e-5
-TOKENS = (9, 2, 3, 4096, 1 << 16, 8)
+TOKENS = (9, 2, 1 << 16)
 # Small steps stay as they are with this profile, larger ones are rewritten: one graph, several variants.
 OPTIONS = {"profile": "ascend-a3"}
 
@@ -96,13 +96,12 @@ def version(name: str) -> Iterator[None]:
         yield
 
 
-def taken_again(folder: Path) -> None:
+def taken_again(first: Ranks) -> None:
     """Over a group of another name, every variant, with the numbers of the whole model; saved again it is as good."""
-    ranks = Ranks(folder)
-    compiled = ranks.compile()
-    ranks.is_right(compiled)
-    compiled.save_compiled_function(str(ranks.file()))
-    now = Ranks(folder)
+    compiled = first.compile()
+    first.is_right(compiled)
+    compiled.save_compiled_function(str(first.file()))
+    now = Ranks(first.folder)
     loaded, found = now.load()
     with pytest.raises(Exception, match="runs only after the ranks compared it"):
         loaded(now.model, ids_of(9))
@@ -118,9 +117,9 @@ def taken_again(folder: Path) -> None:
 
 
 @torch.no_grad()
-def weights_are_compared_again(folder: Path) -> None:
+def weights_are_compared_again(first: Ranks) -> None:
     """Other weights that are the same on both ranks are as good. What is replaced afterwards is refused at the call."""
-    ranks, whole = Ranks(folder), Block()
+    ranks, whole = Ranks(first.folder), Block()
     for model in (ranks.model, whole):
         model.layers[0].norm1.fill_(2.0)
     loaded, found = ranks.load()
@@ -133,14 +132,13 @@ def weights_are_compared_again(folder: Path) -> None:
     ranks.model.layers[0].norm1.fill_(2.0 + ranks.rank)
     assert ranks.settled(found) == "weight layers.0.norm1 is no longer the same on all ranks of axis tp"
     # A shard of tensor parallelism differs between the ranks by design, and nothing rests on it.
-    ranks = Ranks(folder)
+    ranks = Ranks(first.folder)
     ranks.model.layers[0].out.add_(ranks.rank)
     assert ranks.settled(ranks.load()[1]) == ""
 
 
-def refused_by_all(folder: Path) -> None:
-    """Whatever one rank finds wrong with its code, both hear of it, and what they compile then is right."""
-    ranks = Ranks(folder)
+def refused_by_all(ranks: Ranks) -> None:
+    """Whatever one rank finds wrong with its code, both hear of it."""
 
     def found() -> SavedCode:
         return ranks.load()[1]
@@ -163,12 +161,13 @@ def refused_by_all(folder: Path) -> None:
         saying + "is of another model: weight table was torch.float32[1, 2]"
     )
     assert ranks.settled(on_rank_1(later)) == "the ranks of axis tp have code of different compilations"
-    ranks.is_right(ranks.compile())
+    # PyTorch's own cache knows nothing of other ranks: if it answered on one alone, the other would wait.
+    assert counters["aot_autograd"]["autograd_cache_saved"] == 2
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 0
 
 
-def refused_for_what_it_was_made_with(folder: Path) -> None:
+def refused_for_what_it_was_made_with(ranks: Ranks) -> None:
     """Other options, another plan, another version of ours, other ranks: said by name."""
-    ranks = Ranks(folder)
     said = "rank 0 of axis tp: saved code is of other options or versions: "
     _, found = ranks.load()
     assert ranks.settled(found, strategy="tp") == said + "option strategy was 'auto' and is 'tp'"
@@ -182,46 +181,29 @@ def refused_for_what_it_was_made_with(folder: Path) -> None:
     assert ranks.settled(found) == f"rank 0 of axis tp: {told}"
 
 
-def not_saved(folder: Path) -> None:
+def not_saved(ranks: Ranks) -> None:
     """Code that cannot be kept runs, and says why it is not saved."""
-    ranks = Ranks(folder)
-    for options, reason in (
-        ({"target": "inductor", "strategy": "tp"}, "code of target 'inductor' is not kept"),
-        ({"strategy": "off"}, "axis tp is left alone: strategy='off'; the next start tries again"),
-    ):
-        compiled = ranks.compile(**options)
-        ranks.is_right(compiled)
-        with pytest.raises(Exception, match=reason):
-            compiled.save_compiled_function(str(ranks.file("unsaved")))
-        assert not ranks.file("unsaved").exists()
+    compiled = ranks.compile(strategy="off")
+    ranks.is_right(compiled)
+    with pytest.raises(Exception, match="not saved: axis tp is left alone: strategy='off'; the next start tries again"):
+        compiled.save_compiled_function(str(ranks.file("unsaved")))
+    assert not ranks.file("unsaved").exists()
 
 
-def not_taken_from_torchs_own_cache(folder: Path) -> None:
-    """It knows nothing of other ranks: where one hits and the other does not, the ranks would wait for each other."""
-    ranks = Ranks(folder)
-    counters.clear()
-    for _ in range(2):
-        ranks.compile()
-    assert counters["aot_autograd"]["autograd_cache_hit"] == 0
-    assert counters["aot_autograd"]["autograd_cache_saved"] == 2
-
-
-def absent_rank(folder: Path) -> None:
+def absent_rank(ranks: Ranks) -> None:
     """The last scenario: the ranks' turns differ from here on."""
-    ranks = Ranks(folder)
     if ranks.rank == 0:
         with pytest.raises(AxisError, match=r"exchange of 'saved code' .* ranks \[1\] did not take part within 1 s"):
             settle(ranks.load()[1], ranks.model, ranks.options(timeout_s=1))
     dist.barrier()
 
 
-SCENARIOS: list[Callable[[Path], None]] = [
+SCENARIOS: list[Callable[[Ranks], None]] = [
     taken_again,
     weights_are_compared_again,
     refused_by_all,
     refused_for_what_it_was_made_with,
     not_saved,
-    not_taken_from_torchs_own_cache,
     absent_rank,
 ]
 
@@ -230,8 +212,10 @@ def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor_{rank}"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    first = Ranks(Path(folder))
+    counters.clear()
     for scenario in SCENARIOS:
-        scenario(Path(folder))
+        scenario(first)
     dist.destroy_process_group()
 
 
