@@ -47,7 +47,7 @@ class RunCode(OutputCode):
         self._boxed_call = True
 
     def __call__(self, args: Any) -> Any:
-        """Run on one list of inputs, which is emptied."""
+        """Run on one list of inputs, which may be changed."""
         assert self.before is not None, "reloaded code runs only after `start`"
         self.before(args)
         which = bisect.bisect_right(self.firsts, self.read_tokens(args)) - 1 if self.read_tokens is not None else 0
