@@ -101,6 +101,11 @@ def test_a_graph_that_cannot_be_pickled_still_runs() -> None:
     assert code([0]) == [1]
 
 
+def test_the_variant_for_the_tokens_of_a_call_runs() -> None:
+    code = RunCode([lambda args: "few", lambda args: "many"], [0, 10], lambda args: args[0], lambda args: None, [])
+    assert [code([tokens]) for tokens in (0, 9, 10, 11)] == ["few", "few", "many", "many"]
+
+
 def test_what_differs_is_named() -> None:
     one, other = identity.identity(Options()), identity.identity(Options(strategy="tp"))
     assert identity.difference(one, dict(one)) == ""
