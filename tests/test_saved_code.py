@@ -19,7 +19,7 @@ from cpcompile.graph_inputs import GraphInput
 from cpcompile.options import Options
 from cpcompile.plan import Plan
 from cpcompile.run_code import RunCode, group_names, rename_groups
-from cpcompile.saved_code import Grounds, grounds_of
+from cpcompile.saved_code import Grounds, compiled_once, grounds_of
 
 ALL_REDUCE = torch.ops._c10d_functional.all_reduce.default
 
@@ -99,6 +99,15 @@ def test_a_graph_that_cannot_be_pickled_still_runs() -> None:
     kept.prepare_for_serialization()
     assert kept.failure and not kept.pickled
     assert code([0]) == [1]
+
+
+def test_pytorchs_own_cache_has_another_key_each_time() -> None:
+    """It knows nothing of other ranks: if it answered on one alone, the other would wait."""
+    tags = []
+    for _ in range(2):
+        with compiled_once():
+            tags.append(torch.compiler.config.cache_key_tag)
+    assert all(tags) and tags[0] != tags[1] and not torch.compiler.config.cache_key_tag
 
 
 def test_the_variant_for_the_tokens_of_a_call_runs() -> None:

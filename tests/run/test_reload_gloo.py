@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from blocks import VOCAB, Block, Spelling
-from torch._dynamo.utils import counters
 
 from cpcompile import identity
 from cpcompile.errors import AxisError, ParameterChangedError
@@ -161,9 +160,6 @@ def refused_by_all(ranks: Ranks) -> None:
         saying + "is of another model: weight table was torch.float32[1, 2]"
     )
     assert ranks.settled(on_rank_1(later)) == "the ranks of axis tp have code of different compilations"
-    # PyTorch's own cache knows nothing of other ranks: if it answered on one alone, the other would wait.
-    assert counters["aot_autograd"]["autograd_cache_saved"] == 2
-    assert counters["aot_autograd"]["autograd_cache_hit"] == 0
 
 
 def refused_for_what_it_was_made_with(ranks: Ranks) -> None:
@@ -213,7 +209,6 @@ def run_rank(rank: int, folder: str) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor_{rank}"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     first = Ranks(Path(folder))
-    counters.clear()
     for scenario in SCENARIOS:
         scenario(first)
     dist.destroy_process_group()
