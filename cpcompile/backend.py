@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import bisect
+import functools
 import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch._logging._internal import trace_structured
 from cpcompile.axes import Axis, resolve_group
 from cpcompile.capture import lower_inference, unknown_inputs
 from cpcompile.compiled import Compiled, token_reader
+from cpcompile.errors import ReloadError
 from cpcompile.exchange import Exchange, GroupExchange, OfflineExchange
 from cpcompile.graph_inputs import GraphInput, describe_inputs
 from cpcompile.lowering.targets import BoxedCallable, Settings, lower, prepare
@@ -28,6 +29,8 @@ from cpcompile.options import Options
 from cpcompile.pipeline import compile_graph
 from cpcompile.replication import ParameterGuard
 from cpcompile.report import REWRITTEN
+from cpcompile.run_code import RunCode
+from cpcompile.saved_code import Grounds, SavedCode, compiled_once, grounds_of, is_wanted
 from cpcompile.weights import local_tensor
 
 log = logging.getLogger("cpcompile")
@@ -58,6 +61,7 @@ def cpcompile_backend(
     parsed = Options.parse(options)
     prepare(parsed.target)
     inputs = describe_inputs(gm, example_inputs)
+    grounds: list[Grounds] = []
 
     def inference(aot: fx.GraphModule, aot_inputs: Sequence[Any]) -> BoxedCallable:
         known = inputs
@@ -66,12 +70,18 @@ def cpcompile_backend(
                 "cpcompile: the graph's inputs cannot be matched with the model's: only declared ones are replicated"
             )
             known = unknown_inputs(aot)
-        return _compile_inference(aot, aot_inputs, known, parsed)
+        return _compile_inference(aot, aot_inputs, known, parsed, grounds)
 
-    return lower_inference(gm, example_inputs, inference, _refuse_training)
+    if not is_wanted():
+        return lower_inference(gm, example_inputs, inference, _refuse_training)
+    with compiled_once():
+        call = lower_inference(gm, example_inputs, inference, _refuse_training)
+    return SavedCode(call, grounds[0])
 
 
 def _refuse_training(aot: fx.GraphModule, _: Sequence[Any]) -> Any:
+    if is_wanted():
+        raise ReloadError("cpcompile saves inference graphs only: call aot_compile under torch.no_grad()")
     warnings.warn(
         "cpcompile rewrites inference graphs only, and this one is for training: it runs unmodified; "
         "call the model under torch.no_grad() or torch.inference_mode()",
@@ -89,14 +99,17 @@ def exchange_for(axis: Axis, timeout_s: float) -> Exchange:
 
 
 def _compile_inference(
-    aot: fx.GraphModule, aot_inputs: Sequence[Any], inputs: Sequence[GraphInput], options: Options
-) -> BoxedCallable:
+    aot: fx.GraphModule,
+    aot_inputs: Sequence[Any],
+    inputs: Sequence[GraphInput],
+    options: Options,
+    grounds: list[Grounds],
+) -> RunCode:
+    """Rewrite and lower one graph; where code is to be saved, what it rests on joins ``grounds``."""
     compiled = compile_graph(aot, inputs, options, lambda axis: exchange_for(axis, options.timeout_s))
-    folder = tell(compiled, options)
+    folder, done = tell(compiled, options)
     target = options.target or ("inductor" if _device(aot_inputs) == "cuda" else "eager")
     parts = keep_parts(compiled, inputs, options)
-    guard, watched = _guard(compiled, inputs, parts)
-    check_rows = row_limits(compiled, options)
     read_tokens = token_reader(compiled.original, compiled.tokens)
     variants = compiled.variants if read_tokens is not None else [compiled.at(_static_tokens(compiled))]
     lowered: dict[int, BoxedCallable] = {}
@@ -105,20 +118,33 @@ def _compile_inference(
             where = folder / f"from_{variant.first}" if folder is not None else None
             examples = examples_of(variant.gm, aot_inputs, parts)
             lowered[id(variant.gm)] = lower(target, variant.gm, examples, settings_of(options, where))
-    run = [lowered[id(v.gm)] for v in variants]
-    firsts = [v.first for v in variants]
+    if is_wanted():
+        reach = functools.partial(exchange_for, timeout_s=options.timeout_s)
+        grounds.append(grounds_of(compiled, inputs, options, target, reach, done))
+    return RunCode(
+        [lowered[id(v.gm)] for v in variants],
+        [v.first for v in variants],
+        read_tokens,
+        _before(compiled, inputs, options, parts),
+        [v.gm for v in variants] if target == "eager" else [],
+    )
 
-    def boxed(args: list[Any]) -> Any:
+
+def _before(
+    compiled: Compiled, inputs: Sequence[GraphInput], options: Options, parts: Mapping[int, torch.Tensor]
+) -> Callable[[list[Any]], None]:
+    """Looks after a call's inputs: refuses changed weights and too many rows, puts parts in the place of wholes."""
+    guard, watched = _guard(compiled, inputs, parts)
+    check_rows = row_limits(compiled, options)
+
+    def before(args: list[Any]) -> None:
         if watched:
             guard.check([args[i] for i in watched])
         check_rows(args)
         for place, part in parts.items():
             args[place] = part
-        which = bisect.bisect_right(firsts, read_tokens(args)) - 1 if read_tokens is not None else 0
-        return run[which](args)
 
-    boxed._boxed_call = True  # type: ignore[attr-defined]
-    return boxed
+    return before
 
 
 def settings_of(options: Options, folder: Path | None) -> Settings:
@@ -146,8 +172,13 @@ def _device(values: Sequence[Any]) -> str:
     return next((v.device.type for v in values if isinstance(v, torch.Tensor)), "cpu")
 
 
-def tell(compiled: Compiled, options: Options) -> Path | None:
-    """Say what was done: one log line, torch's structured trace, and files in a folder in ``dump_dir``, returned."""
+def tell(compiled: Compiled, options: Options) -> tuple[Path | None, list[str]]:
+    """Say what was done: in the log, in torch's structured trace, and in files in ``dump_dir``.
+
+    Returns:
+        The folder of the files, and the log's lines on all-reduces.
+    """
+    lines: list[str] = []
     reports = {v.first: compiled.report(v.typical) for v in compiled.variants}
     for variant in compiled.variants:
         counts = Counter(c.decision for c in reports[variant.first].collectives)
@@ -158,7 +189,8 @@ def tell(compiled: Compiled, options: Options) -> Path | None:
         reduced = [c for c in reports[variant.first].collectives if c.kind == "all_reduce"]
         done = sum(c.decision in REWRITTEN for c in reduced)
         if reduced:
-            log.info("cpcompile: %s%s: %d of %d all-reduces rewritten", span, _ranks(compiled), done, len(reduced))
+            lines.append(f"{span}{_ranks(compiled)}: {done} of {len(reduced)} all-reduces rewritten")
+            log.info("cpcompile: %s", lines[-1])
     for axis, reason in compiled.refused.items():
         log.warning("cpcompile: axis %s is left alone: %s", axis, reason)
     _tell_modules(compiled.sharing)
@@ -168,7 +200,7 @@ def tell(compiled: Compiled, options: Options) -> Path | None:
         metadata_fn=lambda: {"name": "cpcompile_report", "encoding": "json"},
         payload_fn=lambda: json.dumps(payload),
     )
-    return _dump(compiled, payload, Path(options.dump_dir)) if options.dump_dir is not None else None
+    return _dump(compiled, payload, Path(options.dump_dir)) if options.dump_dir is not None else None, lines
 
 
 def _tell_modules(sharing: Sharing | None) -> None:

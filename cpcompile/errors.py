@@ -46,6 +46,10 @@ class ParameterChangedError(CpcompileError):
     """A parameter whose replication was established at compile time was replaced afterwards."""
 
 
+class ReloadError(CpcompileError):
+    """Compiled code cannot be saved, or was read from a file and is not to be run."""
+
+
 class AscendError(CpcompileError):
     """torch_npu is missing, does not fit, or has no way to lower something."""
 

@@ -393,7 +393,7 @@ def _structure(gm: fx.GraphModule, node: fx.Node, numbers: dict[fx.Node, str], f
         target = _attribute(operator.attrgetter(str(node.target))(gm), found)
     else:
         target = _callable_name(node.target)
-    groups = _groups(node.target)
+    groups = group_places(node.target)
     parts = [_GROUP if i in groups else _argument(arg, numbers, found) for i, arg in enumerate(node.args)]
     parts += [f"{k}={_GROUP if k in groups else _argument(arg, numbers, found)}" for k, arg in node.kwargs.items()]
     return f"{node.op} {target}({','.join(parts)})"
@@ -410,19 +410,19 @@ def _attribute(value: object, found: list[str]) -> str:
 
 @cache
 def _schema_groups(op: OpOverload) -> frozenset[int | str]:
-    return _group_places([argument.name for argument in op._schema.arguments])
+    return _places([argument.name for argument in op._schema.arguments])
 
 
-def _groups(target: Callable[..., object] | str) -> frozenset[int | str]:
+def group_places(target: Callable[..., object] | str) -> frozenset[int | str]:
     """Places and names of the arguments that name a process group."""
     if isinstance(target, OpOverload):
         return _schema_groups(target)
     if isinstance(target, FunctionType) and target.__module__.startswith("torch.distributed"):
-        return _group_places(list(signature(target).parameters))
+        return _places(list(signature(target).parameters))
     return frozenset()
 
 
-def _group_places(names: list[str]) -> frozenset[int | str]:
+def _places(names: list[str]) -> frozenset[int | str]:
     return frozenset(key for place, name in enumerate(names) if name in _GROUP_ARGUMENTS for key in (place, name))
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cpcompile.errors import OptionError, PlanError, nearest
+from cpcompile.identity import our_sources, our_version
 from cpcompile.options import Options
 from cpcompile.plan import Plan
 
@@ -46,17 +46,10 @@ def _check_plan(path: str, size_name: str, ranks: int) -> None:
 
 def identity(options: Mapping[str, Any]) -> dict[str, str]:
     """What compiled code depends on besides ``options``: it goes into vLLM's compile-cache key."""
-    found = {"version": _version(), "torch": torch.__version__}
+    found = {"version": our_version(), "sources": our_sources(), "torch": torch.__version__}
     if options.get("plan") is not None:
         found["plan"] = hashlib.sha256(Path(str(options["plan"])).read_bytes()).hexdigest()
     return found
-
-
-def _version() -> str:
-    try:
-        return version(NAME)
-    except PackageNotFoundError:
-        return "uninstalled"
 
 
 def plain(options: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cpcompile.errors import OptionError
-from cpcompile.serving import vllm_ascend
+from cpcompile.serving import vllm_ascend, vllm_reload
 from cpcompile.serving.settings import NAME, identity, plain
 from cpcompile.serving.vllm_entry import Entry
 from cpcompile.serving.vllm_modules import check_modules, keep_what_others_read, make_groups
@@ -33,9 +33,16 @@ def register() -> None:
     _hook(CompilationConfig, "init_backend", _init_backend)
     _hook(type(current_platform), "use_custom_op_collectives", _use_custom_op_collectives)
     _hook(WorkerWrapperBase, "init_device", _init_device)
+    _hook_reload()
     _hook_pieces()
     if vllm_ascend.is_here():
         vllm_ascend.hook(_hook)
+
+
+def _hook_reload() -> None:
+    from vllm.compilation import decorators
+
+    _hook(decorators, "_try_load_aot_compiled_fn", vllm_reload.load)
 
 
 def _hook_pieces() -> None:
@@ -49,8 +56,8 @@ def _hook_pieces() -> None:
     _hook(CompilerManager, "compile", vllm_pieces.one_range)
 
 
-def _hook(owner: type, name: str, around: Callable[..., Any]) -> None:
-    """Let ``around(original, ...)`` run in the place of the method ``owner.name``."""
+def _hook(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Let ``around(original, ...)`` run in the place of ``owner.name``, a method or a module's function."""
     original = getattr(owner, name)
     if getattr(original, _HOOKED, False):
         return
@@ -87,7 +94,7 @@ def _create_engine_config(original: Callable[..., Any], args: Any, *rest: Any, *
         args.compilation_config.mode = wanted
     if args.compilation_config.ir_enable_torch_wrap is None:
         args.compilation_config.ir_enable_torch_wrap = True  # norms as one op each, that every platform has
-    changed = _set_environment(in_pieces)
+    changed = _set_environment(in_pieces, options)
     args.additional_config = {**(args.additional_config or {}), IDENTITY: identity(options)}
     config = original(args, *rest, **kwargs)
     check_modules(options, config, in_pieces)
@@ -141,16 +148,16 @@ def _pass_on_pieces(compilation_config: Any, options: Mapping[str, Any]) -> None
     passes[key] = PiecePass(options)
 
 
-def _set_environment(in_pieces: bool) -> list[str]:
+def _set_environment(in_pieces: bool, options: Mapping[str, Any]) -> list[str]:
     """Turn off what vLLM would do with compiled code and cannot do with ours; returns what was changed."""
     changed = []
     if os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH") is None:
         # Set for DeepSeek-V3.2 by default, and it turns compilation off without a word.
         os.environ["VLLM_USE_BREAKABLE_CUDAGRAPH"] = "0"
         changed.append("set VLLM_USE_BREAKABLE_CUDAGRAPH=0: breakable CUDA graphs turn compilation off")
-    if os.environ.get("VLLM_USE_AOT_COMPILE") != "0":
+    if (in_pieces or not vllm_reload.keeps_code(options)) and os.environ.get("VLLM_USE_AOT_COMPILE") != "0":
         os.environ["VLLM_USE_AOT_COMPILE"] = "0"
-        changed.append("set VLLM_USE_AOT_COMPILE=0: an artifact of another run holds facts that its ranks agreed on")
+        changed.append("set VLLM_USE_AOT_COMPILE=0: only a whole graph that runs op by op is taken again")
     if in_pieces and os.environ.get("VLLM_DISABLE_COMPILE_CACHE") != "1":
         os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
         changed.append("set VLLM_DISABLE_COMPILE_CACHE=1: all ranks prove a rewrite together, at every start")

@@ -177,10 +177,20 @@ def test_flags_alone_set_what_the_backend_needs(folder: str, heard: list[str]) -
     config = configure(folder, {"strategy": "tp"}, compilation_config={"backend": "cpcompile"})
     assert config.compilation_config.mode == CompilationMode.DYNAMO_TRACE_ONCE
     assert config.compilation_config.ir_enable_torch_wrap
-    assert [os.environ.get(name) for name in SET] == ["0", "0", None]
-    assert any("set VLLM_USE_AOT_COMPILE=0" in line for line in heard)
+    assert [os.environ.get(name) for name in SET] == ["0", None, None]
     assert isinstance(config.compilation_config.init_backend(config), Entry)
     assert not [line for line in heard if line.startswith("WARNING")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cache"), [({"options": {"target": "inductor"}}, None), ({"compilation_config": IN_PIECES}, "1")]
+)
+def test_code_that_cannot_be_taken_again_is_not_saved(
+    folder: str, arguments: dict[str, Any], cache: str | None, heard: list[str]
+) -> None:
+    configure(folder, **arguments)
+    assert [os.environ.get(name) for name in SET] == ["0", "0", cache]
+    assert any("set VLLM_USE_AOT_COMPILE=0: only a whole graph that runs op by op" in line for line in heard)
 
 
 def test_options_version_and_plan_are_in_the_key_of_the_compile_cache(
@@ -192,7 +202,7 @@ def test_options_version_and_plan_are_in_the_key_of_the_compile_cache(
     hashes = {first.compute_hash(), configure(folder, {"plan": plan, "strategy": "tp"}).compute_hash()}
     Path(plan).write_text(Path(plan).read_text() + " ")
     hashes.add(configure(folder, {"plan": plan}).compute_hash())
-    monkeypatch.setattr("cpcompile.serving.settings._version", lambda: "another")
+    monkeypatch.setattr("cpcompile.serving.settings.our_version", lambda: "another")
     hashes.add(configure(folder, {"plan": plan}).compute_hash())
     assert len(hashes) == 4
 

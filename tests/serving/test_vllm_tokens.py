@@ -49,11 +49,20 @@ def two_ranks(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         compiled = {**tp, "compilation_config": COMPILED, "additional_config": {"cpcompile": options}}
         for name, engine in ((f"{kind} plain", {**tp, "enforce_eager": True}), (kind, compiled)):
             work_of_one = {**job({name: engine}), "chunks": True}
-            done = checked(run(tmp_path_factory.mktemp("run"), work_of_one, ranks=2))
+            folder = work / f"{name}_run".replace(" ", "_")  # inductor's commands break at a space
+            folder.mkdir()
+            done = checked(run(folder, work_of_one, ranks=2))
             log += done.log
             for mine, theirs in zip(told, done.told, strict=True):
                 mine.update(theirs)
     return Done(told, log, 0), work
+
+
+@pytest.fixture(scope="module")
+def second_start(two_ranks: tuple[Done, Path]) -> Done:
+    """The compiled V3 once more, with the cache of its first start."""
+    folder = two_ranks[1] / "v3_run"
+    return checked(run(folder, json.loads((folder / "job.json").read_text()), ranks=2))
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +169,19 @@ def test_a_plan_of_another_model_is_one_line_of_each_rank_at_start_up(
         line = r"PlanError: the plan is of another graph \(\w+, this one is \w+\): make a new plan"
         assert len(re.findall(rf"^{line}$|^\[rank{rank}\]: {line}$", said, re.MULTILINE)) == 1, said[-4000:]
         assert "in warming_up_model" in said and "in _generate" not in said and not (tmp_path / f"out.{rank}").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_second_start_takes_the_code_of_the_first(
+    rank: int, two_ranks: tuple[Done, Path], second_start: Done
+) -> None:
+    assert f"rank {rank}, axis tp: compiles anew: no saved code" in two_ranks[0].log
+    (line,) = re.findall(rf"rank {rank}, axis tp: (.*)", second_start.log)
+    assert line.startswith("took the code of an earlier start from ")
+    count = 1 + 2 * LAYERS
+    assert f"rank {rank} of 2 of axis tp: {count} of {count} all-reduces rewritten" in second_start.log
+    assert "NEVER called" not in second_start.log
+    same(second_start.told[rank]["v3"]["answers"], two_ranks[0].told[rank]["v3"]["answers"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
