@@ -31,8 +31,7 @@ test-vllm: $(VLLM)
 	$(VLLM_BIN)/python -m pytest -q tests/serving
 
 # Real SGLang on the CPU, the same way. Without tests/conftest.py, which imports transformers before torchvision is mended.
-# It takes torch_npu from the tests' environment.
-test-sglang: $(SGLANG) $(TEST)
+test-sglang: $(SGLANG)
 	$(SGLANG_BIN)/python -m pytest -q --confcutdir tests/serving_sglang tests/serving_sglang
 
 lint: $(TEST)

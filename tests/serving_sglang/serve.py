@@ -7,23 +7,19 @@ prompt and the step at which it arrives), ``new_tokens``, and ``out``: rank r wr
   hidden states are apart;
 - ``mix``: it answers again, from an empty cache, without log-probabilities, which keep SGLang from mixing prefill and
   decode in a step;
-- ``step``: what one step of that tells, see ``one_step.py``;
-- ``drop``: it answers again, with all-reduces that do nothing;
-- ``die``: it answers again, and rank 1 kills itself.
+- ``drop``: it answers again, with all-reduces that do nothing.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from array import array
 from pathlib import Path
 from typing import Any
 
 import native_cpu  # noqa: F401  before SGLang
-import one_step
 import sparse_native
 import torch
 
@@ -46,15 +42,12 @@ SWITCHES = ("--skip-tokenizer-init", "--disable-overlap-schedule", "--skip-serve
 def main() -> None:
     job, rank = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
     scheduler = start(job, rank)
-    runner, told = scheduler.tp_worker.model_runner, {"steps": [], "step": {}}
-    body_forward = runner.model.model.forward
+    runner, told = scheduler.tp_worker.model_runner, {"steps": []}
     if job.get("compare"):
         compare(runner.model.model, told["steps"])
     told["answers"] = generate(scheduler, job)
     if job.get("mix"):
         assert scheduler.flush_cache()
-        if job.get("step"):
-            one_step.watch(runner, body_forward, job["step"], told["step"])
         told["mixed"] = generate(scheduler, job, logprobs=False)
     if job.get("drop"):
         from sglang.srt.distributed.parallel_state import GroupCoordinator
@@ -63,10 +56,6 @@ def main() -> None:
         told["dropped"] = generate(scheduler, job)
     told["modes"] = sorted(job["modes"])
     Path(f"{job['out']}.{rank}").write_text(json.dumps(told))
-    if job.get("die"):
-        if rank == 1:
-            scheduler.process_batch_result = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        generate(scheduler, job)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # the scheduler's threads wait for a server

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,13 +11,10 @@ from answers import LENGTHS, arrivals, checked, job, prompt, same, transformers_
 from model_folder import LAYERS, make_folder
 from ranks import Done, run
 
-from cpcompile.plan import AxisPlan, Plan
-
 # When nobody decodes, prompts that begin as the last one did and go on for 8 and 7 tokens.
 SHARED, OWN, LATER = 57, (8, 7), (60, 80)
 CHUNK = 33  # tokens of a step, those that are decoded too: prompts of 31 and 65 do not fit
 ALL = 1 + 2 * LAYERS
-ASCEND = Path(__file__).resolve().parents[2] / ".venv" / "ascend"  # where make test has torch_npu
 IN_CHUNKS = ("--enable-mixed-chunk",)  # and with the radix cache
 PLAIN = {"TORCH_COMPILE_DISABLE": "1"}  # SGLang compiles its router with inductor, which takes half a minute
 
@@ -36,16 +31,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_ranks(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
-    assert ASCEND.is_dir(), f"no {ASCEND}: run make test-sglang"
     work = tmp_path_factory.mktemp("two")
     options = {"strategy": "tp", "dump_dir": str(work / "dump")}
-    Plan((AxisPlan("tp", 2, "s0", "graph", "tp", "gloo", ()),)).save(work / "plan.json")
-    step = {"options": {"strategy": "tp"}, "torch_npu": str(ASCEND), "plan": str(work / "plan.json")}
-    given = job(folder, ARRIVALS, options, switches=IN_CHUNKS, compare=True, mix=True, step=step, die=True)
+    given = job(folder, ARRIVALS, options, switches=IN_CHUNKS, compare=True, mix=True)
     given["flags"]["--chunked-prefill-size"] = str(CHUNK)
-    done = run(work, given, 2)
-    assert len(done.told) == 2, "\n".join(log[-4000:] for log in done.logs)
-    return done, work / "dump"
+    return checked(run(work, given, 2)), work / "dump"
 
 
 def test_tokens_are_those_of_transformers(folder: Path, two_ranks: tuple[Done, Path]) -> None:
@@ -104,34 +94,10 @@ def test_every_all_reduce_is_rewritten_but_where_there_is_one_token(rank: int, t
     lines = re.findall(r"(\d+) of (\d+) all-reduces rewritten", done.logs[rank])
     # Some hundred steps: prefill of several requests and of one, decode; prefill and decode of one token.
     all_of, none_of = (str(ALL), str(ALL)), ("0", str(ALL))
-    # The last two: what SGLang would compile on NPUs, of five tokens. Ahead of lm_head all rows are needed.
-    assert lines == [all_of] * 2 + [none_of] * 2 + [(str(ALL - 1), str(ALL))] * 2
+    assert lines == [all_of] * 2 + [none_of] * 2
     for report in told[:2]:
         assert report["verify"]["holds"] and report["verify"]["proofs"]
         assert sum(c["decision"] == "scatter" for c in report["collectives"]) == ALL
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_decode_steps_of_npus_are_rewritten_before_torchair(rank: int, two_ranks: tuple[Done, Path]) -> None:
-    told = two_ranks[0].told[rank]["step"]
-    assert told["error"] <= 2e-5
-    torchair = told["torchair"]
-    assert torchair["mode"] == "reduce-overhead" and torchair["eagerly"]  # SGLang's own configuration
-    ops = Counter(op.rpartition(".")[0] for op in torchair["ops"])
-    assert ops["_c10d_functional.reduce_scatter_tensor"] == ALL - 1 and ops["_c10d_functional.all_reduce"] == 1
-    assert ops["npu.npu_rms_norm"] + ops["npu.npu_add_rms_norm"] > 0, ops
-    assert ops["cpcompile_sglang.attention"] == LAYERS and ops["cpcompile_sglang.experts"] == LAYERS - 1
-
-
-def test_a_plan_of_another_model_is_one_line(two_ranks: tuple[Done, Path]) -> None:
-    for rank in two_ranks[0].told:
-        assert re.fullmatch(r"backend='Entry' raised:|.*PlanError: .*make a new plan", rank["step"]["refused"])
-
-
-def test_a_killed_rank_ends_the_other_with_an_error(two_ranks: tuple[Done, Path]) -> None:
-    done, _ = two_ranks
-    assert done.codes == [1, -signal.SIGKILL]
-    assert re.search(r"RuntimeError: .*gloo.*Connection (closed|reset) by peer", done.logs[0][-4000:])
 
 
 def test_nothing_is_said_to_be_wrong(two_ranks: tuple[Done, Path]) -> None:
