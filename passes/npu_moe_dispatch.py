@@ -32,7 +32,7 @@ from cpcompile.passes.npu_uneven import Group, group_of
 aten = torch.ops.aten
 _OPS = ("npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2")
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-HIDDEN, ROWS, CHOSEN, EXPERTS, SPREAD, RANKS = (1024, 7168), 512, 16, 512, 1280, (2, 384)
+HIDDEN, ROWS, CHOSEN, EXPERTS, RANKS = (1024, 7168), 512, 16, 512, (2, 384)
 
 
 class Differs(Exception):
