@@ -166,7 +166,7 @@ def test_a_plan_of_another_model_is_one_line_of_each_rank_at_start_up(
         assert [rank.wait(LIMIT_S) for rank in ranks] == [1, 1]
     for rank in ("0", "1"):
         said = (tmp_path / f"log.{rank}").read_text(errors="replace")
-        line = r"PlanError: the plan is of another graph \(\w+, this one is \w+\): make a new plan"
+        line = r"cpcompile\.errors\.PlanError: the plan is of another graph \(\w+, this one is \w+\): make a new plan"
         assert len(re.findall(rf"^{line}$|^\[rank{rank}\]: {line}$", said, re.MULTILINE)) == 1, said[-4000:]
         assert "in warming_up_model" in said and "in _generate" not in said and not (tmp_path / f"out.{rank}").exists()
 
