@@ -7,14 +7,17 @@ prompt and the step at which it arrives), ``new_tokens``, and ``out``: rank r wr
   hidden states are apart;
 - ``mix``: it answers again, from an empty cache, without log-probabilities, which keep SGLang from mixing prefill and
   decode in a step;
-- ``drop``: it answers again, with all-reduces that do nothing.
+- ``drop``: it answers again, with all-reduces that do nothing;
+- ``die``: it answers again, and rank 1 kills itself.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import traceback
 from array import array
 from pathlib import Path
 from typing import Any
@@ -56,9 +59,22 @@ def main() -> None:
         told["dropped"] = generate(scheduler, job)
     told["modes"] = sorted(job["modes"])
     Path(f"{job['out']}.{rank}").write_text(json.dumps(told))
+    code = die(scheduler, job, rank) if job.get("die") else 0
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # the scheduler's threads wait for a server
+    os._exit(code)  # the scheduler's threads wait for a server
+
+
+def die(scheduler: Any, job: dict[str, Any], rank: int) -> int:
+    """The exit code of a rank whose neighbour is killed at the end of a step, or that kills itself."""
+    if rank == 1:
+        scheduler.process_batch_result = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        generate(scheduler, job)
+    except Exception:  # SGLang's own process says it and ends, too
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def start(job: dict[str, Any], rank: int) -> Any:

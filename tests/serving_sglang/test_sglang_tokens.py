@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two_ranks(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
     work = tmp_path_factory.mktemp("two")
     options = {"strategy": "tp", "dump_dir": str(work / "dump")}
-    given = job(folder, ARRIVALS, options, switches=IN_CHUNKS, compare=True, mix=True)
+    given = job(folder, ARRIVALS, options, switches=IN_CHUNKS, compare=True, mix=True, die=True)
     given["flags"]["--chunked-prefill-size"] = str(CHUNK)
-    return checked(run(work, given, 2)), work / "dump"
+    done = run(work, given, 2)
+    assert len(done.told) == 2, "\n".join(log[-4000:] for log in done.logs)
+    return done, work / "dump"
 
 
 def test_tokens_are_those_of_transformers(folder: Path, two_ranks: tuple[Done, Path]) -> None:
@@ -98,6 +101,12 @@ def test_every_all_reduce_is_rewritten_but_where_there_is_one_token(rank: int, t
     for report in told[:2]:
         assert report["verify"]["holds"] and report["verify"]["proofs"]
         assert sum(c["decision"] == "scatter" for c in report["collectives"]) == ALL
+
+
+def test_a_killed_rank_ends_the_other_with_an_error(two_ranks: tuple[Done, Path]) -> None:
+    done, _ = two_ranks
+    assert done.codes == [1, -signal.SIGKILL]
+    assert re.search(r"RuntimeError: .*gloo.*(closed|reset) by peer", done.logs[0][-4000:])
 
 
 def test_nothing_is_said_to_be_wrong(two_ranks: tuple[Done, Path]) -> None:
