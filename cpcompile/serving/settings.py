@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from cpcompile.errors import OptionError, PlanError, nearest
-from cpcompile.identity import our_sources, our_version
+from cpcompile.identity import our_sources, our_version, plan_digest
 from cpcompile.options import Options
 from cpcompile.plan import Plan
 
@@ -65,7 +63,7 @@ def identity(options: Mapping[str, Any]) -> dict[str, str]:
     """What compiled code depends on besides ``options``: it goes into vLLM's compile-cache key."""
     found = {"version": our_version(), "sources": our_sources(), "torch": torch.__version__}
     if options.get("plan") is not None:
-        found["plan"] = hashlib.sha256(Path(str(options["plan"])).read_bytes()).hexdigest()
+        found["plan"] = plan_digest(str(options["plan"]))
     return found
 
 
