@@ -7,21 +7,21 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-SERVING = Path(__file__).resolve().parent.parent / "tests" / "serving"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "serving"))
+
+import model_folder
+import processes
+
 TIMED = re.compile(r"init engine \(.*\) took ([\d.]+) s")
 
 
 def measure(kind: str, layers: int) -> tuple[float, float]:
     """Seconds of the first and of the second start."""
-    model_folder: Any = importlib.import_module("model_folder")
-    processes: Any = importlib.import_module("processes")
     model_folder.LAYERS = model_folder.FIELDS["num_hidden_layers"] = layers
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -50,7 +50,6 @@ def main() -> None:
     parser.add_argument("--layers", default="3")
     parser.add_argument("--models", default="v3")
     given = parser.parse_args()
-    sys.path.insert(0, str(SERVING))
     print("| model | layers | first start, s | second, s | ratio |\n|---|---|---|---|---|")
     for kind in given.models.split(","):
         for layers in map(int, given.layers.split(",")):

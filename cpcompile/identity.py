@@ -30,11 +30,7 @@ def our_version() -> str:
 def our_sources() -> str:
     """A digest of this package's Python files: an installation from a checkout changes without its version."""
     root = Path(__file__).parent
-    rooms = [
-        root,
-        root / "passes",
-        root / "lowering",
-    ]  # in a checkout the last two are links, which glob may not follow
+    rooms = (root, root / "passes", root / "lowering")  # in a checkout the last two are links: glob may not follow them
     digest = hashlib.sha256()
     for path in sorted({path for room in rooms for path in room.glob("**/*.py")}):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
@@ -47,13 +43,12 @@ def identity(options: Options) -> dict[str, str]:
     for field in dataclasses.fields(options):
         if field.name not in _NOT_CODE:
             found[f"option {field.name}"] = repr(getattr(options, field.name))
-    found["option plan"] = _plan(options.plan)
+    found["option plan"] = "none" if options.plan is None else plan_digest(options.plan)
     return found
 
 
-def _plan(plan: Plan | str | Path | None) -> str:
-    if plan is None:
-        return "none"
+def plan_digest(plan: Plan | str | Path) -> str:
+    """A digest of a plan, or of the file that it is saved in."""
     text = plan.to_json().encode() if isinstance(plan, Plan) else Path(plan).read_bytes()
     return hashlib.sha256(text).hexdigest()[:16]
 

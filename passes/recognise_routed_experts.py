@@ -86,11 +86,11 @@ class RecogniseRoutedExperts:
 
 
 def _grouped_products(sort: fx.Node) -> list[fx.Node]:
-    """The grouped products whose offsets are counted from what ``sort`` sorts."""
+    """The grouped products whose offsets are counted from what ``sort`` sorts, in the graph's order."""
     counts = [
         n for item in sort.users for cast in item.users for n in (cast, *cast.users) if n.target is aten.histc.default
     ]
-    return [p for c in counts for total in c.users for p in total.users if op_name(p.target) in GROUPED]
+    return sorted(p for c in counts for total in c.users for p in total.users if op_name(p.target) in GROUPED)
 
 
 def _require(holds: object, node: object, reason: str) -> None:

@@ -13,6 +13,8 @@ FLAG = "--json-model-override-args"
 WHERE = f"{FLAG}[{NAME!r}]"
 #: Options that SGLang's own configuration decides, and what decides them.
 DECIDED = {"axes": "SGLang's --tp-size", "groups": "SGLang's parallel sizes"}
+#: Options that need process groups, of which we make none here.
+LACKING = ("moe_dispatch", "finegrained_tp_config", "flashcomm2_oproj_tensor_parallel_size", "layer_sharding")
 #: Flags that change who holds which tokens or weights: with any of them the model runs as it came.
 UNKNOWN_LAYOUTS = (
     "enable_dp_attention",
@@ -26,14 +28,14 @@ def read_options(server_args: Any) -> dict[str, Any] | None:
     """What ``--json-model-override-args '{"cpcompile": {...}}'`` asks for, checked; None if it names no cpcompile.
 
     Raises:
-        OptionError: an option is unknown, malformed, or decided by SGLang's configuration, or a flag of SGLang's does
-            not go with cpcompile.
+        OptionError: an option is unknown, malformed, decided by SGLang's configuration, or not offered under SGLang,
+            or a flag of SGLang's does not go with cpcompile.
         PlanError: ``plan`` cannot be read, or was made for another tensor-parallel size.
     """
     overrides = _overrides(server_args)
     if NAME not in overrides:
         return None
-    options = check_options(overrides[NAME], WHERE, "SGLang", DECIDED, ("--tp-size", server_args.tp_size))
+    options = check_options(overrides[NAME], WHERE, "SGLang", DECIDED, LACKING, ("--tp-size", server_args.tp_size))
     if options.get("strategy") == "off":
         return None
     for name, plain in (*((flag, False) for flag in UNKNOWN_LAYOUTS), ("pp_size", 1)):

@@ -13,6 +13,8 @@ BACKENDS = (NAME, "cpcompile.backend:cpcompile_backend", "cpcompile.backend.cpco
 IDENTITY = "cpcompile_identity"
 #: Options that vLLM's own configuration decides, and what decides them.
 DECIDED = {"axes": "vLLM's tensor_parallel_size", "groups": "vLLM's parallel sizes"}
+#: Options that need process groups which ``vllm_modules`` does not make.
+LACKING = ("moe_dispatch",)
 
 
 def names_us(compilation_config: Any) -> bool:
@@ -31,12 +33,12 @@ def read_options(additional_config: Any, tensor_parallel_size: int) -> dict[str,
     """``additional_config["cpcompile"]``, checked.
 
     Raises:
-        OptionError: an option is unknown, malformed, or decided by vLLM's configuration.
+        OptionError: an option is unknown, malformed, decided by vLLM's configuration, or not offered under vLLM.
         PlanError: ``plan`` cannot be read, or was made for another tensor-parallel size.
     """
     given = additional_config.get(NAME, {}) if isinstance(additional_config, Mapping) else {}
     where = f"additional_config[{NAME!r}]"
-    return check_options(given, where, "vLLM", DECIDED, ("tensor_parallel_size", tensor_parallel_size))
+    return check_options(given, where, "vLLM", DECIDED, LACKING, ("tensor_parallel_size", tensor_parallel_size))
 
 
 def sizes_of(parallel_config: Any, world: int | None = None, **more: Any) -> Sizes:

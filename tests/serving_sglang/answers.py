@@ -1,4 +1,4 @@
-"""Prompts and when they arrive, jobs of ``serve.py`` that answer them, and whether two answers are the same."""
+"""The prompts of vLLM's tests as jobs of ``serve.py``, and what each of them gets from the transformers library."""
 
 from __future__ import annotations
 
@@ -7,18 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model_folder import VOCAB
+from expected import LENGTHS, NEW_TOKENS, STEPS, prompt
 from ranks import Done
 
-LENGTHS, NEW_TOKENS, TOLERANCE = (6, 10, 18, 31, 65), 16, 1e-4
-# Two prompts arrive together, the others while these decode.
-STEPS = (0, 0, 3, 5, 9)
 WHOLE = ("--disable-radix-cache",)
 Arrival = tuple[list[int], int]  # a prompt and its step
-
-
-def prompt(length: int) -> list[int]:
-    return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist()  # type: ignore[no-any-return]
 
 
 def arrivals() -> list[Arrival]:
@@ -36,13 +29,6 @@ def job(folder: Path, arrivals: list[Arrival], options: Any = None, **more: Any)
 def checked(done: Done) -> Done:
     assert not any(done.codes), "\n".join(log[-4000:] for log in done.logs)
     return done
-
-
-def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    assert [a["tokens"] for a in found] == [a["tokens"] for a in expected]
-    assert all(len(a["tokens"]) == NEW_TOKENS for a in found)
-    for mine, theirs in zip(found, expected, strict=True):
-        assert (torch.tensor(mine["logprobs"]) - torch.tensor(theirs["logprobs"])).abs().max() <= TOLERANCE
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""SGLang's stand-in for a platform comes before PyTorch's users; the model is that of tests/serving."""
+"""SGLang's stand-in for a platform comes before PyTorch's users; model and prompts are those of tests/serving."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "
 import native_cpu  # noqa: E402, F401
 import pytest  # noqa: E402
 
-pytest.register_assert_rewrite("answers")
+pytest.register_assert_rewrite("answers", "expected")

@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from processes import free_port
 
 HERE = Path(__file__).resolve().parent
 LIMIT_S = 600.0
@@ -24,12 +25,6 @@ class Done:
     told: list[dict[str, Any]]
     logs: list[str]
     codes: list[int]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def run(folder: Path, job: dict[str, Any], ranks: int, **env: str) -> Done:

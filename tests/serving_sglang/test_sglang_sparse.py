@@ -7,7 +7,8 @@ from pathlib import Path
 
 import model_folder
 import pytest
-from answers import LENGTHS, arrivals, checked, job, same, transformers_says
+from answers import arrivals, checked, job, transformers_says
+from expected import LENGTHS, same
 from ranks import Done, run
 from safetensors.torch import load_file, save_file
 

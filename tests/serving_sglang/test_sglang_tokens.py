@@ -8,7 +8,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from answers import LENGTHS, arrivals, checked, job, prompt, same, transformers_says
+from answers import arrivals, checked, job, transformers_says
+from expected import LENGTHS, prompt, same
 from model_folder import LAYERS, make_folder
 from ranks import Done, run
 
