@@ -8,7 +8,7 @@ prompt and the step at which it arrives), ``new_tokens``, and ``out``: rank r wr
 - ``mix``: it answers again, from an empty cache, without log-probabilities, which keep SGLang from mixing prefill and
   decode in a step;
 - ``drop``: it answers again, with all-reduces that do nothing;
-- ``die``: it answers again, and rank 1 kills itself.
+- ``die``: it answers again, and rank 1 kills itself at the end of a step.
 """
 
 from __future__ import annotations
@@ -44,6 +44,18 @@ SWITCHES = ("--skip-tokenizer-init", "--disable-overlap-schedule", "--skip-serve
 
 def main() -> None:
     job, rank = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
+    code = 0
+    try:
+        serve(job, rank)
+    except Exception:  # SGLang's own process says it and ends, too
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # the scheduler's threads wait for a server
+
+
+def serve(job: dict[str, Any], rank: int) -> None:
     scheduler = start(job, rank)
     runner, told = scheduler.tp_worker.model_runner, {"steps": []}
     if job.get("compare"):
@@ -59,22 +71,10 @@ def main() -> None:
         told["dropped"] = generate(scheduler, job)
     told["modes"] = sorted(job["modes"])
     Path(f"{job['out']}.{rank}").write_text(json.dumps(told))
-    code = die(scheduler, job, rank) if job.get("die") else 0
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # the scheduler's threads wait for a server
-
-
-def die(scheduler: Any, job: dict[str, Any], rank: int) -> int:
-    """The exit code of a rank whose neighbour is killed at the end of a step, or that kills itself."""
-    if rank == 1:
-        scheduler.process_batch_result = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    try:
+    if job.get("die"):
+        if rank == 1:
+            scheduler.process_batch_result = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         generate(scheduler, job)
-    except Exception:  # SGLang's own process says it and ends, too
-        traceback.print_exc()
-        return 1
-    return 0
 
 
 def start(job: dict[str, Any], rank: int) -> Any:

@@ -13,6 +13,8 @@ from expected import LENGTHS, prompt, same
 from model_folder import LAYERS, make_folder
 from ranks import Done, run
 
+from cpcompile.plan import AxisPlan, Plan
+
 # When nobody decodes, prompts that begin as the last one did and go on for 8 and 7 tokens.
 SHARED, OWN, LATER = 57, (8, 7), (60, 80)
 CHUNK = 33  # tokens of a step, those that are decoded too: prompts of 31 and 65 do not fit
@@ -108,6 +110,16 @@ def test_a_killed_rank_ends_the_other_with_an_error(two_ranks: tuple[Done, Path]
     done, _ = two_ranks
     assert done.codes == [1, -signal.SIGKILL]
     assert re.search(r"RuntimeError: .*gloo.*(closed|reset) by peer", done.logs[0][-4000:])
+
+
+def test_a_plan_of_another_model_is_one_line_of_each_rank_in_the_first_step(folder: Path, tmp_path: Path) -> None:
+    """In a server that is SGLang's warm-up request."""
+    Plan((AxisPlan("tp", 2, "s0", "another", "tp", "gloo", ()),)).save(tmp_path / "plan.json")
+    done = run(tmp_path, job(folder, ARRIVALS[:1], {"plan": str(tmp_path / "plan.json")}), 2)
+    assert done.codes == [1, 1] and not done.told
+    for log in done.logs:
+        (said,) = re.findall(r"^.*PlanError: .*$", log, re.MULTILINE)
+        assert re.search(r"the plan is of another graph \(another, this one is \w+\): make a new plan$", said)
 
 
 def test_nothing_is_said_to_be_wrong(two_ranks: tuple[Done, Path]) -> None:
