@@ -275,7 +275,12 @@ def test_version():
 def test_modules_that_replicas_share(trace):
     """The toy model has an embedding and no attention."""
     data = explained(trace, "--modules", "embedding=4,o_proj=2")
-    assert [(r["role"], r["ranks"], r["decision"]) for r in data["modules"]] == [("embedding", 4, "share")]
-    assert data["modules"][0]["bytes_before"] == 4 * data["modules"][0]["bytes_after"] > 0
+    absent, shared = data["modules"]
+    assert [(r["role"], r["ranks"], r["decision"]) for r in (absent, shared)] == [
+        ("o_proj", 2, "keep"),
+        ("embedding", 4, "share"),
+    ]
+    assert absent["reason"] == "no module of this graph was found to be one"
+    assert shared["bytes_before"] == 4 * shared["bytes_after"] > 0
     result = run("explain", trace, "--modules", "oproj=4")
     assert result.exit_code == 2 and "did you mean 'o_proj'" in result.stderr
