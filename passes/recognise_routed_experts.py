@@ -146,7 +146,7 @@ def _match(sort: fx.Node, products: list[fx.Node]) -> Experts:
     _require(here is not None, slots, f"its masked slots are not of other experts than {experts} in a row")
     assert here is not None and numbers.chosen is not None
     weights = numbers.without_mask(_flat(weights), here, experts)
-    # Transformers masks slots where no experts are elsewhere, too, up to 5.18.
+    # Transformers 5.17 masks slots where no experts are elsewhere, too.
     part = [here, numbers.total] if numbers.total > experts else None
     return Experts(result, hidden, numbers.chosen, weights, gate_up, down, chosen, part)
 
