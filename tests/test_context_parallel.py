@@ -91,11 +91,9 @@ def rewritten(compiled: Sequence[Compiled]) -> list[list[fx.GraphModule]]:
     [
         ("v3", 2, 2),
         ("v3", 3, 1),
-        ("v3", 4, 1),
         ("v3", 8, 1),
         ("v32", 2, 1),
         ("v32", 3, 1),
-        ("v32", 4, 1),
         ("v32", 8, 1),
     ],
 )

@@ -79,14 +79,14 @@ def test_a_derived_rank_is_the_rank_as_traced() -> None:
 FULL = list(range(1, 10))
 # Each row is a trace. V3's batch is symbolic at B = 2; dynamo fixes V3.2's, so that it has a trace for each batch.
 CASES = [
-    *[("v3", n, batch) for n, batch in ((2, 2), (3, 1), (4, 2), (8, 1))],
-    *[("v32", n, batch) for n, batch in ((2, 1), (3, 2), (4, 1), (8, 1))],
+    *[("v3", n, batch) for n, batch in ((2, 2), (3, 1), (8, 1))],
+    *[("v32", n, batch) for n, batch in ((2, 1), (3, 2), (8, 1))],
 ]
 
 
 @pytest.mark.parametrize(("kind", "size", "batch"), CASES)
 def test_every_rank_equals_the_whole_model(kind: str, size: int, batch: int) -> None:
-    check_numbers(kind, size, batch, "tp", list(range(1, 4 * size + 2)))
+    check_numbers(kind, size, batch, "tp", [*range(1, 2 * size + 2), 4 * size, 4 * size + 1])
 
 
 @pytest.mark.parametrize(("kind", "size", "batch"), CASES)
@@ -108,7 +108,7 @@ def mean_square(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", ["v3", "v32"])
-@pytest.mark.parametrize("size", [2, 3, 4, 8])
+@pytest.mark.parametrize("size", [2, 8])
 def test_bfloat16_is_as_near_to_the_truth_as_the_uncompiled_ranks(size: int, kind: str) -> None:
     """Against the same weights in float32. Rounding once where two sums were rounded, the rewrite cannot be worse but
     by the luck of single roundings: over some 30 tokens' logits the root mean square varies by less than a tenth."""
