@@ -11,7 +11,7 @@ import torch.fx as fx
 from cpcompile.passes.indexer_costs import IndexerCosts, IndexerModel, is_indexer
 from cpcompile.passes.op_call import Mixing
 from cpcompile.passes.placement_problem import PlacementGraph
-from cpcompile.passes.token_layout import counted, product
+from cpcompile.passes.token_layout import Expr, counted, product
 from cpcompile.plan import Interval
 from cpcompile.report import Collective
 
@@ -21,6 +21,7 @@ _BECOMES = {
     "reduce": ("keep", "all_reduce"),
     "": ("keep", "nothing: no one reads it"),
 }
+_T = sympy.Symbol("T")
 _STEPS = {"scatter": 1, "scatter+gather": 2, "reduce": 2, "gather": 1, "": 0}
 
 
@@ -70,16 +71,15 @@ def describe(
 
 
 def _elements(graph: PlacementGraph, node: fx.Node, steps: int, tokens: int) -> tuple[int, str]:
-    size = graph.known.axis.size
-    whole = product(graph.known.shapes[node][0])
-    expr = whole * sympy.Rational(steps * (size - 1), size)
-    t = graph.known.tokens
+    """What one rank sends at ``tokens`` tokens, symbols other than T at their hints, and the same in terms of T."""
+    size, t = graph.known.axis.size, graph.known.tokens
     assert t is not None
-    if t.is_number:
-        return round(float(expr)), str(expr)
-    at = counted(expr, t, sympy.Integer(tokens))
-    value = at.subs({s: tokens if s == t else graph.hints.get(s, 1) for s in at.free_symbols})
-    return round(float(value)), str(counted(expr, t, sympy.Symbol("T")).subs(t, sympy.Symbol("T")))
+    whole: Expr = product(graph.known.shapes[node][0])
+    if not t.is_number:
+        whole = counted(whole, t, _T).subs(t, _T)
+    expr = whole * sympy.Rational(steps * (size - 1), size)
+    value = expr.subs({s: tokens if s == _T else graph.hints.get(s, 1) for s in expr.free_symbols})
+    return round(float(value)), str(expr)
 
 
 def _all_reduce(

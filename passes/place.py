@@ -178,10 +178,13 @@ def _regret(piece: tuple[int, int | None, Candidate], others: list[Candidate]) -
     first, last, candidate = piece
     low, high = max(first, 1), MANY_TOKENS if last is None else last
     samples = {low, high, *(round(low * (high / low) ** (k / 8)) for k in range(1, 8))}
-    return max(
-        (min((o.seconds(t) for o in others), default=float("inf")) / candidate.seconds(t) - 1 for t in samples),
-        default=0.0,
-    )
+    return max(_loss(candidate.seconds(t), [o.seconds(t) for o in others]) for t in samples)
+
+
+def _loss(best: float, others: list[float]) -> float:
+    """By how much more the best of ``others`` takes, relative to ``best``, which may take no time at all."""
+    least = min(others, default=float("inf"))
+    return 0.0 if least <= best else least / best - 1 if best else float("inf")
 
 
 def _crossing(a: Callable[[int], float], b: Callable[[int], float], low: int, high: int) -> int | None:

@@ -104,11 +104,14 @@ def counted(expr: Expr, tokens: Expr, count: Expr) -> Expr:
 def row_dim(shape: Shape, tokens: Expr | None) -> TokenDim | None:
     """The token dim of a ``[..., T, H]`` value about which nothing else is known: its last row dim of size > 1.
 
-    With ``tokens`` known, the dim must hold a multiple of them (``[B*T, H]`` has ``outer = B``).
+    A size that changes from call to call goes before one that does not (``[T, B, H]``; ``[B, 4, H]`` of drafts), unless
+    the tokens are known not to change. With ``tokens`` known, the dim must hold a multiple of them (``[B*T, H]`` has
+    ``outer = B``).
     """
-    for dim in range(len(shape) - 2, -1, -1):
-        if shape[dim] == ONE and dim > 0:
-            continue
-        outer = ONE if tokens is None else quotient(shape[dim], tokens)
-        return None if outer is None else TokenDim(dim, outer)
-    return None
+    dims = [dim for dim in range(len(shape) - 2, -1, -1) if dim == 0 or shape[dim] != ONE]
+    if tokens is None or not tokens.is_number:
+        dims.sort(key=lambda dim: bool(shape[dim].is_number))
+    if not dims:
+        return None
+    outer = ONE if tokens is None else quotient(shape[dims[0]], tokens)
+    return None if outer is None else TokenDim(dims[0], outer)

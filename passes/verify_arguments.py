@@ -184,7 +184,7 @@ class Arguments:
         if name.startswith("_c10d_functional::"):
             frozen = tuple("this axis" if isinstance(a, str) and self.axis.owns(a) else a for a in frozen)
         if name in BY_STORAGE:
-            frozen += tuple(_storage(n) for n in node.all_input_nodes)
+            frozen += tuple(_storage(n) for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor))
         return (node.target, frozen, kwargs, self.effects.get(node), when)
 
     def constant(self, value: object) -> object:

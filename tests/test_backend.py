@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,18 @@ def test_dump_dir_has_each_graphs_report_plan_and_code(tmp_path: Path) -> None:
     before, after = ((folders[0] / name).read_text() for name in ("original.py", "from_0.py"))
     assert "reduce_scatter" in after and "reduce_scatter" not in before and "all_reduce" in before
     assert Plan.load(folders[0] / "plan.json").axes[0].strategy == "tp"
+
+
+def test_sizes_that_change_beside_a_fixed_count_keep_their_names_in_the_report(tmp_path: Path) -> None:
+    """Ids ``[B, 8]``: elements of the traced batch, and in terms of B."""
+    ids = torch.arange(24).view(3, 8)
+    torch._dynamo.mark_dynamic(ids, 0)
+    with fake_rank(0, 4) as mesh:
+        run(Layer(mesh, 0, 4), ids, strategy="tp", replicated=REPLICATED, dump_dir=tmp_path)
+    (report,) = json.loads((tmp_path / "rank_0" / "graph_0" / "report.json").read_text()).values()
+    reduced = [c for c in report["collectives"] if c["kind"] == "all_reduce"]
+    assert [(c["decision"], c["elements_before"]) for c in reduced] == [("scatter", 3 * 8 * 8 * 2 * 3 // 4)] * 2
+    assert all(re.fullmatch(r"96\*s\d+", c["elements_before_in_t"]) for c in reduced)
 
 
 def test_an_exchange_in_a_fake_group_asks_no_one() -> None:

@@ -71,6 +71,12 @@ def test_a_plan_that_gains_too_little_anywhere_is_dropped() -> None:
     assert [piece[2] for piece in spans(_fewer([a, much, c]))] == [0, 1, 2]
 
 
+def test_plans_that_take_no_time_are_one() -> None:
+    """An all-reduce that nobody reads: whatever is done with it, there is nothing to gain."""
+    a, b = candidate(1, 0, line(0, 0)), candidate(1000, 1, line(0, 0))
+    assert len(_fewer([a, b])) == 1
+
+
 def test_one_plan_is_always_kept() -> None:
     assert spans(_fewer([candidate(1, 2, line(0, 0.1))])) == [(0, None, 2)]
 

@@ -185,6 +185,9 @@ def test_quotient_is_an_integer_for_all_values(a: sympy.Expr, b: sympy.Expr, exp
         ((B, 1, H), None, layout_of(0)),
         ((1, 1, H), None, layout_of(0)),
         ((B, K, H), T, None),
+        ((T, 2, H), None, layout_of(0)),  # of [T, B, H], the size that changes
+        ((T, 2, H), T, layout_of(0)),
+        ((B, 8, H), sympy.Integer(8), layout_of(1)),  # a prompt of a fixed length
         ((T,), T, None),
     ],
     ids=str,

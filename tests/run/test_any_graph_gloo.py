@@ -1,0 +1,163 @@
+"""Graphs of every kind on two real gloo ranks: each compiles and gives eager's numbers, whatever could be rewritten."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as fc
+import torch.multiprocessing as mp
+from torch import Tensor
+
+WORLD, TOLERANCE, HIDDEN, INNER, VOCAB = 2, 2e-5, 32, 48, 50
+
+
+class Heard(logging.Handler):
+    """What cpcompile logs, a line for each record."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.levelname} {record.getMessage()}")
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    handler, logger = Heard(), logging.getLogger("cpcompile")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield handler.lines
+    finally:
+        logger.removeHandler(handler)
+
+
+class Layers:
+    """Two tensor-parallel MLP layers ``x + sum(relu(norm(x) @ up) @ down)``, this rank's part."""
+
+    def __init__(self, rank: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        up, down = (torch.randn(shape, generator=generator) / 8 for shape in ((INNER, HIDDEN), (HIDDEN, INNER)))
+        self.up, self.down = up.chunk(WORLD, 0)[rank].clone(), down.chunk(WORLD, 1)[rank].clone()
+        self.table = torch.randn((VOCAB, HIDDEN), generator=generator)
+        self.norm, self.rank = torch.ones(HIDDEN), rank
+
+    def sum(self, x: Tensor) -> Tensor:
+        return fc.all_reduce(x, "sum", dist.group.WORLD)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + self.sum((torch.rms_norm(x, (HIDDEN,), self.norm) @ self.up.T).relu() @ self.down.T)
+        return x
+
+    def ids(self, ids: Tensor) -> Tensor:
+        return self.hidden(torch.nn.functional.embedding(ids, self.table))
+
+    def features_first(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            normed = x * torch.rsqrt(x.square().mean(0, keepdim=True) + 1e-6)
+            x = x + self.sum(self.down @ (self.up @ normed).relu())
+        return x
+
+    def flattened(self, x: Tensor) -> Tensor:
+        return self.hidden(x.flatten(0, 1)).view_as(x)
+
+    def unread(self, ids: Tensor) -> Tensor:
+        x = torch.nn.functional.embedding(ids, self.table)
+        self.sum(x @ self.up.T)
+        return x * 2
+
+    def unread_and_read(self, ids: Tensor) -> Tensor:
+        return self.ids(ids) + self.unread(ids)
+
+    def strided(self, ids: Tensor) -> Tensor:
+        h = self.ids(ids)
+        return h.as_strided((h.shape[0] // 2, 2, HIDDEN), (2 * HIDDEN, HIDDEN, 1)).sum(1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function of ``Layers`` on inputs of these shapes in turn, and what must come of it.
+
+    ``rewritten`` is of how many all-reduces how many are rewritten with ``strategy="tp"``, in each graph.
+    """
+
+    work: str
+    shapes: Sequence[tuple[int, ...]]
+    rewritten: str
+    dims: Sequence[int] = ()
+    dynamic: bool | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "the batch changes, the prompt does not": Case("ids", [(2, 8), (3, 8), (5, 8)], "2 of 2"),
+    "drafts": Case("hidden", [(8, 3, HIDDEN), (5, 3, HIDDEN)], "2 of 2", [0]),
+    "tokens first, then the batch": Case("hidden", [(8, 3, HIDDEN), (5, 3, HIDDEN)], "2 of 2", [0]),
+    "features first": Case("features_first", [(HIDDEN, 16), (HIDDEN, 7)], "2 of 2", [1]),
+    "tokens are a product of two sizes": Case("flattened", [(2, 8, HIDDEN), (3, 5, HIDDEN)], "2 of 2", [0, 1]),
+    "every size may change": Case("hidden", [(2, 8, HIDDEN), (3, 5, HIDDEN)], "2 of 2", dynamic=True),
+    "nobody reads it": Case("unread", [(12,), (9,)], "0 of 1", [0]),
+    "nobody reads one of them": Case("unread_and_read", [(12,), (9,)], "2 of 3", [0]),
+    "strided": Case("strided", [(12,), (10,)], "2 of 2", [0]),
+}
+
+
+def inputs(case: Case) -> Iterator[Tensor]:
+    for shape in case.shapes:
+        generator = torch.Generator().manual_seed(sum(shape))
+        given = torch.randn(shape, generator=generator) if HIDDEN in shape else torch.randint(0, VOCAB, shape)
+        dist.broadcast(given, 0)
+        for dim in case.dims:
+            torch._dynamo.mark_dynamic(given, dim)
+        yield given
+
+
+def equal_to_eager(compiled: Callable[[Tensor], Tensor], work: Callable[[Tensor], Tensor], case: Case) -> list[str]:
+    """Run both on every input; return the log."""
+    with heard() as lines, torch.no_grad():
+        for given in inputs(case):
+            found, expected = compiled(given), work(given)
+            assert found.shape == expected.shape
+            assert (found - expected).norm() <= TOLERANCE * expected.norm()
+    return lines
+
+
+def layouts(rank: int, folder: str) -> None:
+    for name, case in CASES.items():
+        work = getattr(Layers(rank), case.work)
+        for options in ({}, {"strategy": "tp"}):
+            torch._dynamo.reset()
+            compiled = torch.compile(work, backend="cpcompile", options=options, dynamic=case.dynamic, fullgraph=True)
+            lines = equal_to_eager(compiled, work, case)
+            assert not any("WARNING" in line for line in lines), (name, lines)
+            counts = [line.rpartition(": ")[2] for line in lines if "all-reduces rewritten" in line]
+            assert counts and (not options or set(counts) == {f"{case.rewritten} all-reduces rewritten"}), (name, lines)
+
+
+SCENARIOS = [layouts]
+
+
+def run_rank(rank: int, folder: str, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    for scenario in SCENARIOS:
+        if scenario.__name__ in names:
+            scenario(rank, folder)
+    dist.destroy_process_group()
+
+
+@pytest.mark.ranks
+def test_two_ranks(tmp_path: Any) -> None:
+    """One spawn for all scenarios."""
+    mp.spawn(run_rank, (str(tmp_path), [s.__name__ for s in SCENARIOS]), nprocs=WORLD)
