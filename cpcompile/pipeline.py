@@ -143,7 +143,7 @@ def _adopt_names(gm: fx.GraphModule, axes: Sequence[Axis]) -> list[str]:
 
     A canonical graph runs PyTorch's collectives, which know groups by PyTorch's names only.
     """
-    unknown = []
+    unknown, adopted = [], False
     for node in gm.graph.nodes:
         name = group_name_of(node) if is_collective(node) else ""
         if ":" not in name or is_group(name):
@@ -153,6 +153,9 @@ def _adopt_names(gm: fx.GraphModule, axes: Sequence[Axis]) -> list[str]:
             unknown.append(name)
         else:
             node.args = tuple(axis.group_name if arg == name else arg for arg in node.args)
+            adopted = True
+    if adopted:
+        gm.recompile()  # where nothing is rewritten this graph runs itself
     return unknown
 
 

@@ -6,11 +6,12 @@ import dialect_ops  # noqa: F401  registers the stand-ins
 import pytest
 import torch
 import torch.distributed as dist
-from simulate import fake_rank
+from simulate import fake_rank, real_inputs
 
 from cpcompile.backend import exchange_for
 from cpcompile.capture import Trace, capture
 from cpcompile.compiled import Compiled
+from cpcompile.lowering.targets import lower
 from cpcompile.options import Options
 from cpcompile.pipeline import compile_graph
 
@@ -36,13 +37,23 @@ def traced() -> Trace:
     return capture(Block().eval(), torch.zeros(8, dtype=torch.long))
 
 
-@pytest.mark.parametrize("replicated", [("*", "!up.weight", "!down.weight")])
-def test_a_given_axis_adopts_the_frameworks_name(replicated: tuple[str, ...]) -> None:
-    with fake_rank(0, 4) as mesh:
-        compiled = run(traced(), axes={"tp": mesh}, strategy="tp", replicated=replicated)
-        names = {a for v in compiled.variants for n in v.gm.graph.nodes for a in n.args if a == "tp:0"}
-    assert [c.decision for c in compiled.report(64).collectives] == ["scatter", "gather"]
-    assert compiled.rewritten and not names
+SHARDED = ("*", "!up.weight", "!down.weight")
+
+
+@pytest.mark.parametrize(
+    ("options", "decisions"), [({"strategy": "tp"}, ["scatter", "gather"]), ({}, ["keep"])], ids=["tp", "default"]
+)
+def test_a_given_axis_adopts_the_frameworks_name(options: dict[str, str], decisions: list[str]) -> None:
+    """Where nothing is worth a rewrite, too. Under ``aot_compile``, as here, code is made when a graph is changed."""
+    ids = torch.arange(8)
+    with fake_rank(0, 4) as mesh, torch._dynamo.config.patch(use_lazy_graph_module=False):
+        trace = traced()
+        compiled = run(trace, axes={"tp": mesh}, replicated=SHARDED, **options)
+        assert [c.decision for c in compiled.report(8).collectives] == decisions
+        gm = compiled.at(8).gm
+        groups = {a for n in gm.graph.nodes for a in n.args if a in ("tp:0", compiled.axes[0].group_name)}
+        (found,) = lower("eager", gm, ())(real_inputs(trace, ids))
+    assert groups == {compiled.axes[0].group_name} and found.shape == (8, 4)
 
 
 def test_a_name_without_a_group_leaves_the_graph_as_it_came() -> None:
