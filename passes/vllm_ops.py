@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 
 from cpcompile.errors import TraceError
 from cpcompile.passes.base import PassResult
 from cpcompile.passes.collectives import erase, getitems, op_name
+from cpcompile.passes.token_layout import Expr, size_expr
 
 _WRITES = "it writes keys to a cache that the layer holds, in the order of the tokens"
 _ATTENDS = "it attends over a cache that the layer holds, by the whole batch's lengths"
@@ -37,6 +38,10 @@ _SGLANG: Mapping[str, str] = {
 
 #: Ops that write to an argument which other ops read without naming it: a clone of it would go unread.
 _READ_ELSEWHERE = frozenset({"vllm::sparse_attn_indexer"})
+#: Op → an argument of which it reads the number of rows and the device, and those that it reads, with as many rows.
+ROWS_ALONE: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "vllm::sparse_attn_indexer": ("hidden_states", ("weights", "k", "q_quant")),
+}
 _VIEW = ("size", "stride", "storage_offset", "slice_dim", "slice_start", "slice_end")  # words of auto_functionalized_v2
 _MAYBE_IN_PLACE = "maybe_inplace"
 _ALIASES = (torch.ops.aten.alias.default, torch.ops.aten.detach.default)
@@ -57,14 +62,17 @@ def why_whole(node: fx.Node) -> str:
 
 @dataclass(frozen=True)
 class VllmOps:
-    """What ``auto_functionalized`` made of two kinds of vLLM's ops -> forms that mean what vLLM meant.
+    """Calls of vLLM's ops -> forms that mean what vLLM meant.
 
     Before -> after:
         - ``auto_functionalized(vllm_ir.f.maybe_inplace, x)`` whose ``x`` nobody reads afterwards -> ``vllm_ir.f(x)``;
         - ``auto_functionalized(vllm.sparse_attn_indexer, buffer)`` of a graph input -> the op itself, which writes the
-          input: attention reads that buffer, and does not name it among its arguments.
+          input: attention reads that buffer, and does not name it among its arguments;
+        - ``vllm.sparse_attn_indexer(hidden_states, ..., weights)``, which counts the rows of the hidden states and
+          reads none -> ``vllm.sparse_attn_indexer(weights, ..., weights)``, which needs whole what it reads alone.
 
-    Refuses: a ``maybe_inplace`` whose operand is read afterwards; it stays as it is, and needs all rows.
+    Refuses: a ``maybe_inplace`` whose operand is read afterwards, which stays as it is and needs all rows; an operand
+    whose rows are counted, where none that is read has as many.
     """
 
     name = "vllm-ops"
@@ -84,7 +92,49 @@ class VllmOps:
                 _out_of_place(node, op, result)
             elif op_name(op) in _READ_ELSEWHERE:
                 _in_place(node, op, result)
+        count_rows_of_what_is_read(gm.graph, result)
         return result.finish(gm)
+
+
+def count_rows_of_what_is_read(graph: fx.Graph, result: PassResult) -> None:
+    """Give ops of :data:`ROWS_ALONE` an operand that they read, in the place of the one whose rows they count.
+
+    Args:
+        graph: of AOTAutograd, or of dynamo.
+        result: counts what was changed, and takes what was refused.
+    """
+    for node in graph.nodes:
+        op = inner_op(node) if node.op == "call_function" else None
+        op = op.default if isinstance(op, OpOverloadPacket) else op  # so in dynamo's graphs
+        if not isinstance(op, OpOverload) or op_name(op) not in ROWS_ALONE:
+            continue
+        counted, others = ROWS_ALONE[op_name(op)]
+        read = [operand for name in others if isinstance(operand := _operand(node, op, name)[0], fx.Node)]
+        now, place = _operand(node, op, counted)
+        if now in read:
+            continue
+        alike = next((operand for operand in read if _rows(operand) == _rows(now)), None)
+        if alike is None:
+            result.refuse(node, f"{op_name(op)}: no operand that it reads has as many rows as {counted}")
+            continue
+        if isinstance(place, int):
+            node.update_arg(place, alike)
+        else:
+            node.update_kwarg(place, alike)
+        result.rewrites += 1
+
+
+def _operand(node: fx.Node, op: OpOverload, name: str) -> tuple[Any, int | str]:
+    """An argument of ``op``, which ``node`` calls, itself or functionalised; and its place or its name among them."""
+    place = [argument.name for argument in op._schema.arguments].index(name)
+    if node.target is not _AUTO_FUNCTIONALIZED and place < len(node.args):
+        return node.args[place], place
+    return node.kwargs.get(name), name
+
+
+def _rows(node: fx.Node) -> tuple[Expr, torch.device]:
+    value = node.meta["val"] if "val" in node.meta else node.meta["example_value"]
+    return size_expr(value.shape[0]), value.device
 
 
 def _given(node: fx.Node, op: OpOverload) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from cpcompile.passes.placement_rules import find_rule
 from cpcompile.passes.token_dims import annotate
 from cpcompile.passes.verify_arguments import sees_more
 from cpcompile.passes.verify_static import prove
-from cpcompile.passes.vllm_ops import OPAQUE, VllmOps, why_whole
+from cpcompile.passes.vllm_ops import OPAQUE, VllmOps, inner_op, why_whole
 
 IR, VLLM = torch.ops.vllm_ir, torch.ops.vllm
 FUNCTIONALISED = torch.ops.higher_order.auto_functionalized_v2
@@ -83,18 +83,23 @@ def test_a_norm_whose_operand_is_read_afterwards_stays() -> None:
     assert refusal.reason == "vllm_ir::fused_add_rms_norm: an operand that it may write to is read afterwards"
 
 
+def index(hidden: Tensor, prefix: str, read: Tensor, buffer: Tensor) -> Tensor:
+    found: Tensor = VLLM.sparse_attn_indexer(hidden, prefix, read, None, read, buffer)
+    return found
+
+
 def test_an_indexer_writes_the_buffer_that_attention_reads_elsewhere() -> None:
     """Twice into one buffer: each write is there before the next op, which does not name it, runs."""
     buffer = torch.zeros(8, 1, dtype=torch.int64)
     seen: list[int] = []
 
     def f(hidden: Tensor, buffer: Tensor) -> Tensor:
-        VLLM.sparse_attn_indexer(hidden, "layer 0", buffer)
-        VLLM.sparse_attn_indexer(hidden + 1, "layer 1", buffer)
+        index(hidden, "layer 0", hidden * 1, buffer)
+        index(hidden, "layer 1", hidden + 1, buffer)
         return hidden * 2
 
     gm = graph_of(f, torch.full((5, 2), 3.0), buffer)
-    assert VllmOps()(gm).rewrites == 2
+    assert VllmOps()(gm).rewrites == 2 + 2
     assert targets(gm) == [VLLM.sparse_attn_indexer.default] * 2
 
     class Watching(fx.Interpreter):
@@ -110,9 +115,7 @@ def test_an_indexer_writes_the_buffer_that_attention_reads_elsewhere() -> None:
 
 
 def test_calls_that_see_more_than_their_arguments_stay_in_order() -> None:
-    gm = graph_of(
-        lambda h, b: (VLLM.sparse_attn_indexer(h, "layer 0", b), h * 2)[1], torch.ones(5, 2), torch.zeros(8, 1)
-    )
+    gm = graph_of(lambda h, b: (index(h, "layer 0", h + 1, b), h * 2)[1], torch.ones(5, 2), torch.zeros(8, 1))
     (wrapped,) = gm.graph.find_nodes(op="call_function", target=FUNCTIONALISED)
     assert sees_more(wrapped)
     VllmOps()(gm)
@@ -123,12 +126,46 @@ def test_calls_that_see_more_than_their_arguments_stay_in_order() -> None:
     assert not any(sees_more(n) for n in graph_of(norms, X, RESIDUAL, WEIGHT).graph.nodes)
 
 
+@pytest.mark.parametrize("is_input", [True, False], ids=["in place", "functionalised"])
+def test_an_indexer_is_given_what_it_reads_where_it_counts_rows(is_input: bool) -> None:
+    """Its own numbers stay; of the hidden states nothing is read any more."""
+
+    def f(hidden: Tensor, buffer: Tensor) -> Tensor:
+        given = buffer if is_input else torch.zeros_like(buffer)
+        index(hidden, "layer 0", hidden[:, :1] + 1, given)
+        return given * 2
+
+    given = torch.full((5, 2), 3.0), torch.zeros(8, 1)
+    gm = graph_of(f, *given)
+    inputs = gm.graph.find_nodes(op="placeholder")
+    (hidden,) = [n for n in inputs if n.meta["val"].shape == (5, 2)]
+    values = [given[n is not hidden] for n in inputs]
+
+    def calls() -> list[fx.Node]:
+        return [n for n in gm.graph.nodes if inner_op(n) is VLLM.sparse_attn_indexer.default]
+
+    assert calls()[0] in hidden.users
+    result = VllmOps()(gm)
+    (call,) = calls()
+    assert result.rewrites == 1 + is_input and not result.refusals and call not in hidden.users
+    torch.testing.assert_close(gm(*[a.clone() for a in values])[-1], f(*[a.clone() for a in given]))
+    assert VllmOps()(gm).rewrites == 0
+
+
+def test_an_indexer_keeps_an_operand_whose_rows_no_other_has() -> None:
+    gm = graph_of(lambda h, b: (index(h, "layer 0", h[:4], b), h * 2)[1], torch.ones(5, 2), torch.zeros(8, 1))
+    (refusal,) = VllmOps()(gm).refusals
+    (call,) = gm.graph.find_nodes(op="call_function", target=VLLM.sparse_attn_indexer.default)
+    assert call.args[0].meta["val"].shape == (5, 2)
+    assert refusal.reason == "vllm::sparse_attn_indexer: no operand that it reads has as many rows as hidden_states"
+
+
 def test_nothing_is_known_of_what_a_functionalised_op_returns() -> None:
     """Its weights and caches are not among its arguments: equal arguments do not make equal results on all ranks."""
 
     def f(hidden: Tensor) -> Tensor:
         buffer = torch.zeros_like(hidden)
-        VLLM.sparse_attn_indexer(hidden, "layer 0", buffer)
+        index(hidden, "layer 0", hidden, buffer)
         return buffer * 2
 
     gm = graph_of(f, torch.ones(4, 2))

@@ -29,8 +29,8 @@ def _in_place(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return out
 
 
-def _indexer(hidden: Tensor, prefix: str, buffer: Tensor) -> Tensor:
-    buffer[: hidden.shape[0]] = hidden[:, :1].to(buffer.dtype)
+def _indexer(hidden: Tensor, prefix: str, q: Tensor, k: Tensor | None, weights: Tensor, buffer: Tensor) -> Tensor:
+    buffer[: weights.shape[0]] = weights[:, :1].to(buffer.dtype)
     return buffer.clone()
 
 
@@ -45,10 +45,11 @@ _LIBRARY = torch.library.Library("vllm_ir", "FRAGMENT")
 _LIBRARY.define(_MAYBE)
 _LIBRARY.impl("fused_add_rms_norm.maybe_inplace", _in_place, "CompositeExplicitAutograd")
 torch.library.register_fake("vllm_ir::fused_add_rms_norm.maybe_inplace", _fused, lib=_LIBRARY)
-# The real one has more arguments; it, too, writes the buffer that it is given and returns it.
+# The real one has more arguments; it, too, counts the first one's rows, writes the buffer and returns it.
 define(
-    "sparse_attn_indexer(Tensor hidden, str prefix, Tensor(a!) buffer) -> Tensor",
-    lambda hidden, prefix, buffer: torch.empty_like(buffer),
+    "sparse_attn_indexer(Tensor hidden_states, str k_cache_prefix, Tensor q_quant, Tensor? k, Tensor weights,"
+    " Tensor(a!) topk_indices_buffer) -> Tensor",
+    lambda hidden, prefix, q, k, weights, buffer: torch.empty_like(buffer),
     _indexer,
     "vllm",
 )

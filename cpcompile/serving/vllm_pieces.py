@@ -19,6 +19,8 @@ from cpcompile.axes import axis_of
 from cpcompile.backend import exchange_for
 from cpcompile.graph_inputs import describe_inputs
 from cpcompile.options import Options
+from cpcompile.passes.base import PassResult
+from cpcompile.passes.vllm_ops import count_rows_of_what_is_read
 from cpcompile.pipeline import unique_names
 from cpcompile.replication import input_facts
 from cpcompile.serving.post_grad import Piece, PostGradPass
@@ -125,6 +127,10 @@ def whole_model(original: Callable[..., Any], backend: Any, graph: fx.GraphModul
     ours = pass_of(backend.compilation_config)
     if ours is None:
         return original(backend, graph, inputs)
+    # Before vLLM cuts at this op: what it reads no data of need not leave a piece, which hands over whole values.
+    result = PassResult()
+    count_rows_of_what_is_read(graph.graph, result)
+    result.finish(graph)
     ours.model = Model.of(backend.vllm_config, graph, inputs, Options.parse(ours.options))
     try:
         return original(backend, graph, inputs)
