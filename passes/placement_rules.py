@@ -18,28 +18,38 @@ import torch.fx as fx
 from cpcompile.passes.attention_rules import fused_attention, npu_norm, npu_rope, queries, routed, vllm_norm
 from cpcompile.passes.collectives import op_name
 from cpcompile.passes.fused_attention import FUSED, is_random
+from cpcompile.passes.lookup_rules import (
+    embedding,
+    index_select,
+    index_write,
+    lookup,
+    masked_write,
+    searched,
+    select_scatter,
+)
 from cpcompile.passes.op_call import Call, Layouts, Mixing, RowWise, Rule
+from cpcompile.passes.product_rules import added_product, matmul
 from cpcompile.passes.row_rules import (
     along,
     data_free,
-    embedding,
     expand,
+    extremum,
     first_operand,
     getitem,
     in_step,
-    index_select,
-    lookup,
-    masked_write,
-    matmul,
+    kept,
     norm,
     pad,
     permute,
     pointwise,
     reduction,
+    repeat,
     select,
     slice_,
     squeeze,
+    stack,
     t,
+    trailing,
     transpose,
     unsqueeze,
     view,
@@ -69,6 +79,8 @@ _MATH = "DTensor math ops"
 _TENSOR = "DTensor tensor ops"
 _POINTWISE = "torch.Tag.pointwise"
 _OWN = "own: reads no data"
+_OWN_VIEW = "torch.view_as_complex: the last dim's two elements become one"
+_ELEMENTWISE = "torch documentation: elementwise, without the tag"
 _ROWS = "own: row-wise in the queries, given whole keys"
 _NPU = "torch_npu 2.13 operator reference"
 
@@ -83,30 +95,49 @@ RULES: Mapping[str, OpRule] = {
     "aten::t": OpRule(first_operand(t), _VIEW, "homogeneous"),
     "aten::unsqueeze": OpRule(first_operand(unsqueeze), _VIEW, "homogeneous"),
     "aten::squeeze": OpRule(first_operand(squeeze), _VIEW, "homogeneous"),
-    "aten::select": OpRule(first_operand(select), _TENSOR, "homogeneous"),
+    **{f"aten::{n}": OpRule(first_operand(select), _TENSOR, "homogeneous") for n in ("select", "unbind")},
     "aten::slice": OpRule(first_operand(slice_), _TENSOR, "homogeneous"),
     **{
         f"aten::{n}": OpRule(along(2, "dim", 0), _TENSOR, "homogeneous") for n in ("split", "split_with_sizes", "chunk")
     },
+    "aten::repeat": OpRule(first_operand(repeat), _VIEW, "homogeneous"),
+    "aten::flip": OpRule(along(1, "dims"), _TENSOR, "homogeneous"),
+    "aten::roll": OpRule(along(2, "dims"), _TENSOR, "homogeneous"),
+    **{f"aten::{n}": OpRule(trailing(2), _TENSOR, "homogeneous") for n in ("tril", "triu")},
+    # Complex numbers as pairs in a last dim of 2, as rotary embeddings turn them.
+    "aten::view_as_complex": OpRule(trailing(1), _OWN_VIEW, "homogeneous"),
+    "aten::view_as_real": OpRule(first_operand(kept), _VIEW, "homogeneous"),
+    **{f"aten::{n}": OpRule(pointwise, _POINTWISE, "homogeneous") for n in ("_conj", "_conj_physical", "_neg_view")},
+    **{f"aten::{n}": OpRule(pointwise, _ELEMENTWISE) for n in ("polar", "complex", "floor_divide", "fill")},
     "aten::cat": OpRule(in_step(1, "dim", 0), _TENSOR, "additive"),
+    "aten::stack": OpRule(stack, _TENSOR, "additive"),
     "aten::slice_scatter": OpRule(in_step(2, "dim", 0), _TENSOR),
-    **{f"aten::{n}": OpRule(first_operand(reduction), _MATH, "homogeneous") for n in ("sum", "mean")},
-    **{
-        f"aten::{n}": OpRule(first_operand(reduction), _MATH)
-        for n in ("amax", "amin", "any", "all", "prod", "argmax", "argmin")
-    },
+    "aten::select_scatter": OpRule(select_scatter, _TENSOR),
+    **{f"aten::{n}": OpRule(reduction(), _MATH, "homogeneous") for n in ("sum", "mean")},
+    **{f"aten::{n}": OpRule(reduction(), _MATH) for n in ("amax", "amin", "any", "all", "prod", "argmax", "argmin")},
+    **{f"aten::{n}": OpRule(reduction(), _MATH) for n in ("logsumexp", "var", "std", "var_mean", "std_mean")},
+    **{f"aten::{n}": OpRule(reduction(), _MATH) for n in ("aminmax", "count_nonzero", "median")},
+    **{f"aten::{n}": OpRule(reduction(2), _MATH) for n in ("linalg_vector_norm", "norm")},
+    "aten::mode": OpRule(reduction(1, -1), _MATH),
+    "aten::kthvalue": OpRule(reduction(2, -1), _MATH),
+    **{f"aten::{n}": OpRule(extremum, _MATH) for n in ("max", "min")},
     **{f"aten::{n}": OpRule(along(1, "dim"), _MATH) for n in ("_softmax", "_log_softmax", "_safe_softmax", "cumsum")},
+    **{f"aten::{n}": OpRule(along(1, "dim"), _MATH) for n in ("cumprod", "cummax", "cummin", "logcumsumexp")},
     "aten::softmax": OpRule(along(1, "dim"), _MATH),
+    "aten::glu": OpRule(along(1, "dim", -1), _MATH),
     "aten::sort": OpRule(along(1, "dim", -1), _TENSOR),
     "aten::topk": OpRule(along(2, "dim", -1), _TENSOR),
-    "aten::gather": OpRule(in_step(1, "dim"), _TENSOR),
-    "aten::scatter": OpRule(in_step(1, "dim"), _TENSOR),
+    **{f"aten::{n}": OpRule(in_step(1, "dim"), _TENSOR) for n in ("gather", "scatter")},
+    **{f"aten::{n}": OpRule(in_step(1, "dim"), _TENSOR) for n in ("scatter_add", "scatter_reduce")},
+    **{f"aten::{n}": OpRule(index_write, _TENSOR) for n in ("index_copy", "index_add", "index_fill")},
+    "aten::searchsorted": OpRule(searched(1), _TENSOR),
+    **{f"aten::{n}": OpRule(searched(0), _TENSOR) for n in ("bucketize", "isin")},
     "aten::native_layer_norm": OpRule(first_operand(norm), _MATH),
     "aten::layer_norm": OpRule(first_operand(norm), _MATH),
     "aten::rms_norm": OpRule(first_operand(norm), _MATH),
     "aten::_fused_rms_norm": OpRule(first_operand(norm), _MATH),
-    **{f"aten::{n}": OpRule(matmul, "DTensor matrix ops", "homogeneous") for n in ("mm", "bmm", "linear")},
-    "aten::addmm": OpRule(matmul, "DTensor matrix ops"),
+    **{f"aten::{n}": OpRule(matmul, "DTensor matrix ops", "homogeneous") for n in ("mm", "bmm", "mv", "linear")},
+    **{f"aten::{n}": OpRule(added_product, "DTensor matrix ops") for n in ("addmm", "baddbmm")},
     "aten::embedding": OpRule(embedding, "DTensor embedding ops"),
     "aten::index": OpRule(lookup, "DTensor index ops"),
     "aten::index_put": OpRule(masked_write, "DTensor index ops"),
@@ -148,7 +179,7 @@ def _keeps_linearity(node: fx.Node) -> bool:
         return isinstance(args[1], fx.Node) and isinstance(args[1].meta.get("val", torch.Tensor()), torch.Tensor)
     if name == "_c10d_functional::all_reduce":
         return args[1] in ("sum", "avg")
-    if name in ("aten::mul", "aten::div", "aten::mm", "aten::bmm"):
+    if name in ("aten::mul", "aten::div", "aten::mm", "aten::bmm", "aten::mv"):
         return args[0] is not args[1] and kwargs.get("rounding_mode") is None
     return True
 

@@ -34,6 +34,8 @@ def first_operand(rule: FirstRule, size_arg: int | None = None) -> Rule:
         layout = call.layout(source)
         if layout is None:
             return Mixing("its first operand carries no tokens")
+        if sum(given is source for given in [*call.node.args, *call.node.kwargs.values()]) > 1:
+            return Mixing("takes one operand twice")
         out = rule(call, call.shape(source), layout)
         if isinstance(out, Mixing):
             return out
@@ -140,8 +142,8 @@ def squeeze(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
 
 
 def select(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
-    """A dim that goes; of the tokens' own it takes one."""
-    dim = nonnegative(call.arg(1, "dim"), len(shape))
+    """``select`` and ``unbind``: a dim that goes; of the tokens' own it takes one."""
+    dim = nonnegative(call.arg(1, "dim", 0), len(shape))
     return Mixing("selects some tokens") if dim == layout.dim else layout.shifted(-(dim < layout.dim))
 
 
@@ -154,13 +156,49 @@ def slice_(call: Call, shape: Shape, layout: TokenDim) -> tuple[TokenDim, bool] 
 
 
 def along(index: int, name: str, default: int | None = None) -> Rule:
-    """Row-wise in the first operand as long as the dim that the op works along is not the token dim."""
+    """Row-wise in the first operand as long as no dim that the op works along is the token dim."""
 
     def rule(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
-        along = nonnegative(call.arg(index, name, default), len(shape))
-        return Mixing("works along the token dim") if along == layout.dim else layout
+        dims = call.dims(index, name) or ([] if default is None else [default])
+        if not dims:
+            return Mixing("works along all of its operand")
+        mixes = layout.dim in [nonnegative(d, len(shape)) for d in dims]
+        return Mixing("works along the token dim") if mixes else layout
 
     return first_operand(rule)
+
+
+def kept(call: Call, shape: Shape, layout: TokenDim) -> TokenDim:
+    """The tokens stay where they are."""
+    return layout
+
+
+def trailing(count: int) -> Rule:
+    """Row-wise unless the tokens lie in the last ``count`` dims, in which the op works."""
+
+    def rule(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
+        return Mixing("works along the token dim") if layout.dim >= len(shape) - count else layout
+
+    return first_operand(rule)
+
+
+def repeat(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
+    """The operand's elements over and over: all tokens, that many times."""
+    place = layout.shifted(len(call.out) - len(shape))
+    times = call.dims(1, "repeats")[place.dim]
+    if not isinstance(times, int):
+        return Mixing("repeats the tokens as often as a size says")
+    return TokenDim(place.dim, place.outer * times, place.inner) if times else Mixing("leaves no tokens")
+
+
+def stack(call: Call) -> RowWise | Mixing:
+    """Operands of one shape side by side in a new dim."""
+    first = call.shape(call.tensors[0])
+    aligned = broadcast_rows(call, first, call.tensors)
+    if isinstance(aligned, Mixing):
+        return aligned
+    found, demands = aligned
+    return RowWise(demands, (found.shifted(nonnegative(call.arg(1, "dim", 0), len(call.out)) <= found.dim),))
 
 
 def in_step(index: int, name: str, default: int | None = None) -> Rule:
@@ -181,102 +219,29 @@ def in_step(index: int, name: str, default: int | None = None) -> Rule:
     return rule
 
 
-def reduction(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
-    """Row-wise unless it reduces the tokens away."""
-    reduced = [nonnegative(d, len(shape)) for d in call.dims(1, "dim") or range(len(shape))]
-    if layout.dim in reduced:
-        return Mixing("reduces over the tokens")
-    return layout if len(call.out) == len(shape) else layout.shifted(-sum(d < layout.dim for d in reduced))
+def reduction(index: int = 1, default: int | None = None) -> Rule:
+    """Row-wise unless it reduces the tokens away. ``index``: of the dims among the arguments; without, it is all."""
+
+    def rule(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
+        given = [d for d in call.dims(index, "dim") if not isinstance(d, bool)]  # var(x, True) names no dim
+        given = given or ([] if default is None else [default])
+        reduced = [nonnegative(d, len(shape)) for d in given or range(len(shape))]
+        if layout.dim in reduced:
+            return Mixing("reduces over the tokens")
+        return layout if len(call.out) == len(shape) else layout.shifted(-sum(d < layout.dim for d in reduced))
+
+    return first_operand(rule)
+
+
+def extremum(call: Call) -> RowWise | Mixing:
+    """``max`` and ``min``: of two tensors, of one along a dim, or of all elements."""
+    return pointwise(call) if isinstance(call.arg(1, "other"), fx.Node) else reduction()(call)
 
 
 def norm(call: Call, shape: Shape, layout: TokenDim) -> TokenDim | Mixing:
     """Normalisation over trailing dims: ``(input, normalized_shape, weight, …)``."""
     first = len(shape) - len(call.dims(1, "normalized_shape"))
     return Mixing("normalises over the tokens") if layout.dim >= first else layout
-
-
-def matmul(call: Call) -> RowWise | Mixing:
-    """``mm``, ``bmm``, ``linear`` and ``addmm``: rows of the left operand (queries), or batches of both."""
-    args = [a for a in call.node.args if isinstance(a, fx.Node)]
-    if "addmm" in str(call.node.target):
-        bias, left, right = args[:3]
-        if len(call.shape(bias)) != 1:
-            return Mixing("adds a matrix to a product")
-        others: dict[fx.Node, Demand] = {bias: None}
-    else:
-        left, right = args[:2]
-        others = dict.fromkeys(args[2:])
-    a, b = call.layout(left), call.layout(right)
-    ndim = len(call.shape(left))
-    if left is right:
-        return Mixing("multiplies a value with itself")
-    batched = "bmm" in str(call.node.target)
-    if a is not None and batched and a.dim == 0 and b in (None, a):
-        return RowWise({left: a, right: a}, (a,))
-    if a is not None and a.dim < ndim - 1 and not (batched and a.dim == 0):
-        # Of two operands with tokens the right one holds keys or values: a row of queries meets all of them.
-        return RowWise({left: a, right: None, **others}, (a,))
-    if a is None and b is not None and b.dim == ndim - 1 and "linear" not in str(call.node.target):
-        return RowWise({left: None, right: b, **others}, (b,)) if not others else Mixing("bias along the tokens")
-    return Mixing("multiplies tokens with tokens")
-
-
-def embedding(call: Call) -> RowWise | Mixing:
-    """A row of the whole table for each index."""
-    weight, indices = call.tensors[:2]
-    layout = call.layout(indices)
-    if layout is None:
-        return Mixing("looks up rows of a token table")
-    return RowWise({weight: None, indices: layout}, (layout,))
-
-
-def _is_mask(node: fx.Node) -> bool:
-    return node.meta["val"].dtype in (torch.bool, torch.uint8)
-
-
-def lookup(call: Call) -> RowWise | Mixing:
-    """``index(table, [ids, ...])``: a row for each row of the ids, which broadcast, from the whole table."""
-    table, indices = call.node.args[0], call.arg(1, "indices")
-    assert isinstance(table, fx.Node) and isinstance(indices, list | tuple)
-    if any(not isinstance(i, fx.Node) or _is_mask(i) for i in indices):
-        return Mixing("selects by a mask, or keeps leading dims of what it looks rows up in")
-    ids = list(dict.fromkeys(indices))
-    if table in ids:
-        return Mixing("looks up rows of itself")
-    rest = len(call.shape(table)) - len(indices)
-    aligned = broadcast_rows(call, call.out[: len(call.out) - rest], ids)
-    if isinstance(aligned, Mixing):
-        return Mixing("looks up rows of a token table") if call.layout(table) else aligned
-    return RowWise({table: None, **aligned[1]}, (aligned[0],))
-
-
-def masked_write(call: Call) -> RowWise | Mixing:
-    """``index_put(x, [mask], scalar)``: elementwise, the mask being of the leading dims."""
-    indices, value = call.arg(1, "indices"), call.arg(2, "values")
-    target = call.node.args[0]
-    assert isinstance(target, fx.Node) and isinstance(indices, list | tuple) and isinstance(value, fx.Node)
-    if len(indices) != 1 or not isinstance(indices[0], fx.Node) or not _is_mask(indices[0]):
-        return Mixing("writes to rows that it names")
-    mask, shape = indices[0], call.shape(target)
-    if call.shape(value) != () or call.shape(mask) != shape[: len(call.shape(mask))]:
-        return Mixing("writes several values")
-    found = {place for place in map(call.layout, (target, mask)) if place is not None}
-    if len(found) != 1 or mask is target:
-        return Mixing("operands carry their tokens on different dims")
-    rows = found.pop()
-    return RowWise({target: rows, mask: rows if rows.dim < len(call.shape(mask)) else None, value: None}, (rows,))
-
-
-def index_select(call: Call) -> RowWise | Mixing:
-    """Rows of the indices, or of a table whose rows are not looked up."""
-    source, index = call.tensors[0], call.tensors[-1]
-    dim = nonnegative(call.arg(1, "dim"), len(call.shape(source)))
-    layout, places = call.layout(index), call.layout(source)
-    if layout is not None and index is not source:
-        return RowWise({source: None, index: layout}, (layout.shifted(dim),))
-    if places is None or places.dim == dim:
-        return Mixing("looks up rows of a token table")
-    return RowWise({source: places, index: None}, (places,))
 
 
 def data_free(call: Call) -> RowWise | Mixing:

@@ -7,109 +7,26 @@ proves nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.fx as fx
 
 from cpcompile.passes.collectives import op_name
 from cpcompile.passes.verify_arguments import is_random
-from cpcompile.passes.verify_index import Rows, Shape
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call on whole values, of which some are at hand as rows only.
-
-    Args:
-        node: the call in the rewritten graph.
-        shapes: whole shape of every tensor operand.
-        rows: the dim that is split, for operands of which only this rank's rows are there.
-        out: whole shapes of the results.
-    """
-
-    node: fx.Node
-    shapes: Mapping[fx.Node, Shape]
-    rows: Mapping[fx.Node, Rows]
-    out: tuple[Shape, ...]
-
-    def arg(self, name: str) -> object:
-        """An argument by its name in the op's schema."""
-        assert isinstance(self.node.target, torch._ops.OpOverload)
-        for index, argument in enumerate(self.node.target._schema.arguments):
-            if argument.name == name:
-                default = argument.default_value if argument.has_default_value() else None
-                return self.node.args[index] if index < len(self.node.args) else self.node.kwargs.get(name, default)
-        return None
-
-    def dims(self, name: str, ndim: int) -> list[int]:
-        """A dim or list of dims, counted from 0; ``[]`` where absent."""
-        value = self.arg(name)
-        listed = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-        return [d + ndim if d < 0 else d for d in listed if isinstance(d, int)]
-
-    def first(self) -> tuple[Shape, Rows] | None:
-        """Shape and rows of the first operand if it alone is split."""
-        operand = self.node.args[0]
-        if not isinstance(operand, fx.Node) or set(self.rows) != {operand}:
-            return None
-        return self.shapes[operand], self.rows[operand]
-
-
-Rule = Callable[[Call], Rows | str]
-ALONE = "only its first operand may be split by rows"
-ALONG = "it works along the rows"
-
-
-def pointwise(call: Call) -> Rows | str:
-    """Elementwise with broadcasting: what is not split has one row, or none."""
-    out = call.out[0]
-    found: Rows | None = None
-    for node, rows in call.rows.items():
-        here = rows.shifted(len(out) - len(call.shapes[node]))
-        if call.shapes[node][rows.dim] != out[here.dim] or found not in (None, here):
-            return "its operands are split along different dims"
-        found = here
-    assert found is not None
-    for node, shape in call.shapes.items():
-        dim = found.dim - (len(out) - len(shape))
-        if node not in call.rows and dim >= 0 and shape[dim] != 1:
-            return f"{node} has every row and other operands only this rank's"
-    return found if all(shape == out for shape in call.out) else "its results differ in shape"
-
-
-def matmul(call: Call) -> Rows | str:
-    """Rows of the left operand, columns of the right one, or batches of both."""
-    left, right = call.node.args[:2]
-    if "addmm" in op_name(call.node.target):
-        bias, left, right = call.node.args[:3]
-        if bias in call.rows or len(call.shapes[bias]) != 1:  # type: ignore[index]
-            return "only a bias of one row can be added to rows"
-    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
-    a, b = call.rows.get(left), call.rows.get(right)
-    ndim, linear = len(call.shapes[left]), "linear" in op_name(call.node.target)
-    if a is not None and a == b and a.dim == 0 and ndim == 3 and not linear and set(call.rows) == {left, right}:
-        return a
-    if a is not None and set(call.rows) == {left} and left is not right:
-        batched = ndim == 3 and not linear and a.dim == 0
-        return a if a.dim < ndim - 1 and not batched else ALONG
-    if b is not None and set(call.rows) == {right} and ndim == len(call.shapes[right]) and not linear:
-        return b if b.dim == ndim - 1 and "addmm" not in op_name(call.node.target) else ALONG
-    return "it multiplies rows with rows"
-
-
-def along(*names: str) -> Rule:
-    """Row-wise as long as no dim that the op works along is that of the rows."""
-
-    def rule(call: Call) -> Rows | str:
-        split = call.first()
-        if split is None:
-            return ALONE
-        ndim, rows = len(split[0]), split[1]
-        return ALONG if any(rows.dim in call.dims(name, ndim) for name in names) else rows
-
-    return rule
+from cpcompile.passes.verify_call import ALONE, ALONG, Call, Rule, along, pointwise
+from cpcompile.passes.verify_index import Rows, times
+from cpcompile.passes.verify_products import matmul
+from cpcompile.passes.verify_writes import (
+    among,
+    embedding,
+    index,
+    index_put,
+    looks_up,
+    numbered_write,
+    searches,
+    select_scatter,
+)
 
 
 def in_step(call: Call) -> Rows | str:
@@ -123,6 +40,52 @@ def in_step(call: Call) -> Rows | str:
     if rows.dim in call.dims("dim", ndim) or any(len(shape) != ndim for shape in call.shapes.values()):
         return ALONG
     return rows
+
+
+def stack(call: Call) -> Rows | str:
+    """Operands of one shape, all split alike, beside each other in a new dim."""
+    splits = {call.rows.get(node) for node in call.shapes}
+    rows = next(iter(splits))
+    if len(splits) != 1 or rows is None or len(set(call.shapes.values())) != 1:
+        return "its operands are not all split alike"
+    (made,) = call.dims("dim", len(call.out[0]))
+    return rows.shifted(1) if made <= rows.dim else rows
+
+
+def repeat(call: Call) -> Rows | str:
+    """All elements several times over: as many blocks of the same rows."""
+    split = call.first()
+    if split is None:
+        return ALONE
+    rows = split[1].shifted(len(call.out[0]) - len(split[0]))
+    counts = call.arg("repeats")
+    assert isinstance(counts, list | tuple)
+    count = counts[rows.dim]
+    if not isinstance(count, int) or count < 1:
+        return "it repeats rows a number of times that is not known"
+    return dataclasses.replace(rows, outer=times(rows.outer, count))
+
+
+def before(last: int) -> Rule:
+    """Row-wise in all but the last dims."""
+
+    def rule(call: Call) -> Rows | str:
+        split = call.first()
+        if split is None:
+            return ALONE
+        return split[1] if split[1].dim < len(split[0]) - last else ALONG
+
+    return rule
+
+
+def roll(call: Call) -> Rows | str:
+    """Along the dims that it names, or along all elements."""
+    return along("dims")(call) if call.arg("dims") else ALONG
+
+
+def extreme(call: Call) -> Rows | str:
+    """``max`` and ``min`` of two operands, or over dims."""
+    return pointwise(call) if call.arg("other") is not None else reduction(call)
 
 
 def reduction(call: Call) -> Rows | str:
@@ -165,59 +128,12 @@ def expand(call: Call) -> Rows | str:
     return rows if call.out[0][rows.dim] == split[0][split[1].dim] else "it repeats the rows"
 
 
-def embedding(call: Call) -> Rows | str:
-    """Rows of the indices, with the whole table."""
-    weight, indices = call.node.args[:2]
-    assert isinstance(indices, fx.Node)
-    return call.rows[indices] if set(call.rows) == {indices} and weight is not indices else "it looks rows up"
-
-
-def _is_boolean(node: fx.Node) -> bool:
-    return node.meta["val"].dtype in (torch.bool, torch.uint8)
-
-
-def index(call: Call) -> Rows | str:
-    """Rows of the numbers that index the first dims of a table of which every row is there."""
-    table, numbers = call.arg("self"), call.arg("indices")
-    if not isinstance(numbers, list | tuple) or table in call.rows:
-        return "it looks rows up"
-    if any(not isinstance(n, fx.Node) or _is_boolean(n) for n in numbers):
-        return "it does not look up a row for each number"
-    lead = call.out[0][: len(call.out[0]) - len(call.shapes[table]) + len(numbers)]  # type: ignore[index]
-    return pointwise(Call(call.node, {n: call.shapes[n] for n in numbers}, call.rows, (lead,)))
-
-
-def index_put(call: Call) -> Rows | str:
-    """One value written wherever a mask over the leading dims says."""
-    below, masks, value = call.arg("self"), call.arg("indices"), call.arg("values")
-    assert isinstance(below, fx.Node) and isinstance(masks, list | tuple)
-    if len(masks) != 1 or not isinstance(masks[0], fx.Node) or not _is_boolean(masks[0]) or call.shapes[value] != ():  # type: ignore[index]
-        return "it writes to rows that it names"
-    rows = call.rows.get(below)
-    if rows is None:
-        return "its mask is of rows and what it writes to is not"
-    if rows.dim >= len(call.shapes[masks[0]]):
-        return rows if set(call.rows) == {below} else "its mask is of other rows"
-    return rows if call.rows.get(masks[0]) == rows else "its mask is not split as what it writes to"
-
-
 def experts(call: Call) -> Rows | str:
     """Rows of the tokens, of their experts' ids and of their weights; all of both tables."""
     rows = [call.rows.get(node) for node in call.node.args[:3]]  # type: ignore[arg-type]
     if rows[0] is None or rows[0].dim != 0 or len(call.rows) != 3 or any(r != rows[0] for r in rows):
         return "its tokens, their experts and weights are not split alike"
     return rows[0]
-
-
-def looks_up(call: Call) -> Rows | str:
-    """``index_select``: rows of the indices from a whole table, or of a table along another dim."""
-    table, index = call.arg("self"), call.arg("index")
-    (dim,) = call.dims("dim", len(call.shapes[table]))  # type: ignore[index]
-    if set(call.rows) == {index} and table is not index:
-        return call.rows[index].shifted(dim)  # type: ignore[index]
-    if set(call.rows) == {table} and table is not index:
-        return ALONG if call.rows[table].dim == dim else call.rows[table]  # type: ignore[index]
-    return "its table and its indices are both split"
 
 
 def trailing(weight: str) -> Rule:
@@ -287,20 +203,34 @@ def pad(call: Call) -> Rows | str:
 
 
 RULES: Mapping[str, Rule] = {
-    **{f"aten::{n}": matmul for n in ("mm", "bmm", "addmm", "linear")},
+    **{f"aten::{n}": matmul for n in ("mm", "bmm", "mv", "addmm", "baddbmm", "linear")},
     **{f"aten::{n}": along("dim") for n in ("_softmax", "softmax", "_log_softmax", "_safe_softmax", "log_softmax")},
-    **{f"aten::{n}": along("dim") for n in ("cumsum", "cumprod", "sort", "argsort", "topk")},
+    **{f"aten::{n}": along("dim") for n in ("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp")},
+    **{f"aten::{n}": along("dim") for n in ("sort", "argsort", "topk", "glu")},
     **{f"aten::{n}": along("dim") for n in ("slice", "split", "split_with_sizes", "chunk")},
     "aten::flip": along("dims"),
-    **{f"aten::{n}": in_step for n in ("cat", "gather", "scatter", "scatter_add", "slice_scatter")},
+    "aten::roll": roll,
+    "aten::repeat": repeat,
+    "aten::view_as_real": before(0),  # a pair is made of each number, in a new last dim
+    "aten::view_as_complex": before(1),
+    **{f"aten::{n}": before(2) for n in ("tril", "triu")},
+    **{f"aten::{n}": in_step for n in ("cat", "gather", "scatter", "scatter_add", "scatter_reduce", "slice_scatter")},
+    "aten::stack": stack,
     **{f"aten::{n}": reduction for n in ("sum", "mean", "amax", "amin", "any", "all", "prod", "argmax", "argmin")},
-    "aten::logsumexp": reduction,
+    **{f"aten::{n}": reduction for n in ("logsumexp", "var", "std", "var_mean", "std_mean", "aminmax", "median")},
+    **{f"aten::{n}": reduction for n in ("count_nonzero", "linalg_vector_norm", "norm", "mode", "kthvalue")},
+    **{f"aten::{n}": extreme for n in ("max", "min")},
     **{f"aten::{n}": norm for n in ("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")},
     **{f"aten::{n}": dropping for n in ("select", "unbind")},
     "aten::expand": expand,
     "aten::embedding": embedding,
     "aten::index": index,
     "aten::index_put": index_put,
+    **{f"aten::index_{n}": numbered_write for n in ("copy", "add", "fill")},
+    "aten::select_scatter": select_scatter,
+    "aten::searchsorted": searches,
+    "aten::bucketize": among("boundaries"),
+    "aten::isin": among("test_elements"),
     "aten::constant_pad_nd": pad,
     "cpcompile::routed_experts": experts,
     **{
@@ -323,7 +253,8 @@ RULES: Mapping[str, Rule] = {
     "npu::npu_rotary_mul": trailing(""),
     "aten::index_select": looks_up,
     **{f"aten::{n}": pointwise for n in ("zeros_like", "ones_like", "full_like", "empty_like", "_to_copy")},
-    **{f"aten::{n}": pointwise for n in ("copy", "masked_fill", "where", "lift_fresh_copy")},
+    **{f"aten::{n}": pointwise for n in ("copy", "masked_fill", "where", "lift_fresh_copy", "fill", "floor_divide")},
+    **{f"aten::{n}": pointwise for n in ("polar", "complex", "_conj", "_neg_view")},
     # Over a group other than the axis's, which is taken to be another axis of the same mesh.
     "_c10d_functional::all_reduce": pointwise,
 }
@@ -338,9 +269,11 @@ RESULTS_BY_ROWS: Mapping[str, int] = {
     "aten::_scaled_dot_product_fused_attention_overrideable": 1,
 }
 
-ADDITIVE = frozenset({"aten::add", "aten::sub", "aten::cat"})
+ADDITIVE = frozenset({"aten::add", "aten::sub", "aten::cat", "aten::stack"})
 HOMOGENEOUS = frozenset({"aten::mul", "aten::div", "aten::neg", "aten::mm", "aten::bmm", "aten::linear", "aten::sum"})
 HOMOGENEOUS |= {"aten::mean", "aten::slice", "aten::select", "aten::split", "aten::split_with_sizes", "aten::expand"}
+HOMOGENEOUS |= {"aten::mv", "aten::unbind", "aten::flip", "aten::roll", "aten::repeat", "aten::tril", "aten::triu"}
+HOMOGENEOUS |= {f"aten::{n}" for n in ("view_as_real", "view_as_complex", "_conj", "_conj_physical", "_neg_view")}
 
 
 def rows_of(call: Call) -> Rows | str:
@@ -361,7 +294,7 @@ def is_linear(node: fx.Node, partial: Collection[fx.Node], tensors: Collection[f
     name = op_name(node.target)
     if name in ADDITIVE:
         # A whole or constant summand would be counted once per rank.
-        return set(partial) == set(tensors) and (name == "aten::cat" or node.args[1] in tensors)
+        return set(partial) == set(tensors) and (name in ("aten::cat", "aten::stack") or node.args[1] in tensors)
     if name == "aten::div" and (node.args[0] not in partial or node.kwargs.get("rounding_mode")):
         return False
     if name == "aten::linear" and any(a is not None for a in [*node.args[2:], node.kwargs.get("bias")]):

@@ -20,6 +20,7 @@ import torch.fx as fx
 from cpcompile.axes import Axis
 from cpcompile.passes.collectives import is_wait
 from cpcompile.passes.verify_arguments import REPEATING, Arguments, Refused, View, communicates, op_name
+from cpcompile.passes.verify_call import Call
 from cpcompile.passes.verify_index import (
     Rows,
     Shape,
@@ -35,7 +36,7 @@ from cpcompile.passes.verify_moves import Mover, Value, whole
 from cpcompile.passes.verify_numbering import Numbering
 from cpcompile.passes.verify_picks import Picks
 from cpcompile.passes.verify_proof import Failure, Proof, check_outputs, check_shapes, told_op
-from cpcompile.passes.verify_rules import RESULTS_BY_ROWS, Call, is_linear, rows_of
+from cpcompile.passes.verify_rules import RESULTS_BY_ROWS, is_linear, rows_of
 
 MOST_READINGS = 64
 

@@ -13,6 +13,7 @@ import torch
 import torch.fx as fx
 from cached_models import Cached, Packed, mark_prefix, positions_of
 from conftest import SharedRanks
+from cousins import config_of
 from simulate import fake_rank, in_threads, none_failed, real_inputs
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -39,7 +40,7 @@ DIM_NAME = "cp"
 
 def build(kind: str) -> Any:
     """So many index heads that no score is zero: of equal scores top-k takes any, by the shape that it works on."""
-    return models.build(models.tiny_config(kind, **({"index_n_heads": 32} if kind == "v32" else {})))
+    return models.build(config_of(kind, **({"index_n_heads": 32} if kind == "v32" else {})))
 
 
 def replicated_ranks(size: int, model: Any, *args: torch.Tensor, **kwargs: Any) -> SharedRanks:
@@ -109,6 +110,20 @@ def test_every_rank_equals_the_whole_model(kind: str, size: int, batch: int, lay
                 expected = whole(kind)(input_ids=ids, use_cache=False).logits
             for rank, (logits,) in enumerate(ranks.run(graphs, ids)):
                 close(logits, expected, (tokens, rank))
+
+
+def test_rotary_embeddings_in_complex_numbers_are_split() -> None:
+    """DeepSeek's own form: pairs viewed as complex numbers, turned, and viewed as pairs again."""
+    ranks = prefill("v2_lite", 2)
+    assert ranks.traces[0].gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view_as_complex.default)
+    (graphs,) = rewritten(ranks.compile(strategy="cp", profile="ascend-a3", require=["*self_attn*"]))
+    for node in graphs[0].graph.find_nodes(op="call_function", target=torch.ops.aten.view_as_complex.default):
+        assert node.meta["val"].shape[1] != 10
+    for tokens in (5, 6):
+        with torch.no_grad():
+            expected = whole("v2_lite")(input_ids=ids_of(1, tokens), use_cache=False).logits
+        for rank, (logits,) in enumerate(ranks.run(graphs, ids_of(1, tokens))):
+            close(logits, expected, (tokens, rank))
 
 
 @pytest.mark.parametrize("kind", ["v3", "v32"])

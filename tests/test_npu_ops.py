@@ -16,6 +16,7 @@ from cpcompile.passes import verify_numbering, verify_rules
 from cpcompile.passes.collectives import arguments
 from cpcompile.passes.npu_ops import PURE, ROW_RESULTS, ROWS, base_name, first_result, unify_rows
 from cpcompile.passes.token_layout import shape_of
+from cpcompile.passes.verify_call import Call
 from cpcompile.passes.verify_index import Rows, tensor_shape
 
 npu, own = torch.ops.npu, torch.ops.cpcompile
@@ -99,7 +100,7 @@ def judge(op: Any, given: tuple[Any, ...], split: dict[int, int]) -> Rows | str:
     out = op(*given)
     results = tuple(tensor_shape(v) for v in (out if isinstance(out, tuple) else (out,)))
     shapes = {n: tensor_shape(v) for n, v in zip(nodes, given, strict=True) if isinstance(v, Tensor)}
-    return verify_rules.rows_of(verify_rules.Call(call, shapes, {nodes[k]: Rows(d) for k, d in split.items()}, results))
+    return verify_rules.rows_of(Call(call, shapes, {nodes[k]: Rows(d) for k, d in split.items()}, results))
 
 
 @pytest.mark.parametrize(("op", "given", "whole"), CALLS)

@@ -21,6 +21,7 @@ from cpcompile.passes.op_call import Mixing, RowWise
 from cpcompile.passes.placement_rules import classify
 from cpcompile.passes.recognise_routed_experts import RecogniseRoutedExperts
 from cpcompile.passes.token_layout import TokenDim, value_shapes
+from cpcompile.passes.verify_call import Call
 from cpcompile.passes.verify_index import Rows, tensor_shape
 from cpcompile.pipeline import copy_graph
 
@@ -103,11 +104,11 @@ def test_the_op_is_row_wise_in_tokens_that_go_together() -> None:
     assert outcome == RowWise({**dict.fromkeys(nodes[:3], rows), **dict.fromkeys(nodes[3:])}, (rows,))
     wholes = {n: tensor_shape(n.meta["val"]) for n in nodes}
     out = (wholes[nodes[0]],)
-    assert verify_rules.rows_of(verify_rules.Call(node, wholes, dict.fromkeys(nodes[:3], Rows(0)), out)) == Rows(0)
+    assert verify_rules.rows_of(Call(node, wholes, dict.fromkeys(nodes[:3], Rows(0)), out)) == Rows(0)
     for missing in nodes[:3]:
         some = {n: place for n, place in split.items() if n is not missing}
         assert isinstance(classify(node, sympy.Integer(7), some, shapes), Mixing)
-        found = verify_rules.rows_of(verify_rules.Call(node, wholes, dict.fromkeys(some, Rows(0)), out))
+        found = verify_rules.rows_of(Call(node, wholes, dict.fromkeys(some, Rows(0)), out))
         assert found == "its tokens, their experts and weights are not split alike"
 
 

@@ -28,6 +28,7 @@ from cpcompile.passes.placement_rules import classify
 from cpcompile.passes.recognise_sparse_attention import RecogniseSparseAttention
 from cpcompile.passes.token_dims import annotate
 from cpcompile.passes.token_layout import TokenDim, value_shapes
+from cpcompile.passes.verify_call import Call
 from cpcompile.passes.verify_index import Rows, tensor_shape
 from cpcompile.pipeline import compile_graph, copy_graph
 
@@ -131,7 +132,7 @@ def test_the_proof_wants_every_key_and_all_else_by_rows(op: Any, keys: set[int])
     rows = {n: Rows(1) for i, n in enumerate(operands) if i not in keys}
 
     def judged(split: dict[fx.Node, Rows]) -> Rows | str:
-        return verify_rules.rows_of(verify_rules.Call(node, shapes, split, (tensor_shape(node.meta["val"]),)))
+        return verify_rules.rows_of(Call(node, shapes, split, (tensor_shape(node.meta["val"]),)))
 
     assert judged(rows) == Rows(1)
     for key in keys:

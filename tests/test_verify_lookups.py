@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.fx as fx
 
+from cpcompile.passes.verify_call import Call
 from cpcompile.passes.verify_index import Rows
-from cpcompile.passes.verify_rules import Call, rows_of
+from cpcompile.passes.verify_rules import rows_of
 
 aten = torch.ops.aten
 TABLE, IDS, MORE = torch.randn(5, 3, 2), torch.tensor([[0], [4], [2], [1]]), torch.tensor([[0, 2]])

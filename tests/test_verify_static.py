@@ -27,9 +27,10 @@ from cpcompile.passes.place import place
 from cpcompile.passes.placement_problem import build as build_problem
 from cpcompile.passes.token_dims import annotate
 from cpcompile.passes.token_layout import size_expr
+from cpcompile.passes.verify_call import Call
 from cpcompile.passes.verify_index import Rows, Split, regroup, row_major
 from cpcompile.passes.verify_proof import Proof
-from cpcompile.passes.verify_rules import Call, rows_of
+from cpcompile.passes.verify_rules import rows_of
 from cpcompile.passes.verify_static import prove
 from tests import models
 from tests.simulate import fake_rank

@@ -20,8 +20,9 @@ from cpcompile.passes.dialects import FUNCTIONAL
 from cpcompile.passes.op_call import RowWise
 from cpcompile.passes.placement_rules import classify
 from cpcompile.passes.token_layout import TokenDim
+from cpcompile.passes.verify_call import Call
 from cpcompile.passes.verify_index import Rows
-from cpcompile.passes.verify_rules import Call, rows_of
+from cpcompile.passes.verify_rules import rows_of
 from cpcompile.passes.vllm_ops import _READ_ELSEWHERE, OPAQUE
 
 T, H = 7, 16
