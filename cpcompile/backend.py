@@ -7,7 +7,7 @@ import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,18 @@ from torch._logging._internal import trace_structured
 from cpcompile.axes import Axis, resolve_group
 from cpcompile.capture import lower_inference, unknown_inputs
 from cpcompile.compiled import Compiled, token_reader
-from cpcompile.errors import ReloadError
+from cpcompile.errors import ParameterChangedError, ReloadError
 from cpcompile.exchange import Exchange, GroupExchange, OfflineExchange
-from cpcompile.graph_inputs import GraphInput, describe_inputs
+from cpcompile.graph_inputs import GraphInput, describe_inputs, written_places
 from cpcompile.lowering.targets import BoxedCallable, Settings, lower, prepare
 from cpcompile.module_runtime import examples_of, keep_parts, row_limits
 from cpcompile.module_tp import Sharing, group_axis
 from cpcompile.options import Options
 from cpcompile.pipeline import compile_graph
-from cpcompile.replication import ParameterGuard
 from cpcompile.report import REWRITTEN
 from cpcompile.run_code import RunCode
 from cpcompile.saved_code import Grounds, SavedCode, compiled_once, grounds_of, is_wanted
+from cpcompile.weight_guard import PartGuard, WeightGuard
 from cpcompile.weights import local_tensor
 
 log = logging.getLogger("cpcompile")
@@ -60,11 +60,10 @@ def cpcompile_backend(
     """
     parsed = Options.parse(options)
     prepare(parsed.target)
-    inputs = describe_inputs(gm, example_inputs)
     grounds: list[Grounds] = []
 
     def inference(aot: fx.GraphModule, aot_inputs: Sequence[Any]) -> BoxedCallable:
-        known = inputs
+        known = describe_inputs(gm, example_inputs, written_places())
         if len(known) != len(aot.graph.find_nodes(op="placeholder")):
             log.warning(
                 "cpcompile: the graph's inputs cannot be matched with the model's: only declared ones are replicated"
@@ -126,23 +125,32 @@ def _compile_inference(
         [v.first for v in variants],
         read_tokens,
         _before(compiled, inputs, options, parts),
-        [v.gm for v in variants] if target == "eager" else [],
+        lower("eager", compiled.original, ()),
+        [*(v.gm for v in variants), compiled.original] if target == "eager" else [],
     )
 
 
 def _before(
     compiled: Compiled, inputs: Sequence[GraphInput], options: Options, parts: Mapping[int, torch.Tensor]
-) -> Callable[[list[Any]], None]:
-    """Looks after a call's inputs: refuses changed weights and too many rows, puts parts in the place of wholes."""
-    guard, watched = _guard(compiled, inputs, parts)
+) -> Callable[[list[Any]], bool]:
+    """Looks after a call's inputs: says if the graph is for its weights, refuses too many rows, puts in parts."""
+    of_parts = PartGuard([(inputs[i].name, local_tensor(inputs[i].value)) for i in parts])
+    same = [(axis, [i for i in places if i not in parts]) for axis, places in compiled.watched()]
+    weights = {i: (inputs[i].name, local_tensor(inputs[i].value)) for _, places in same for i in places}
+    guard = WeightGuard(weights, same, functools.partial(exchange_for, timeout_s=options.timeout_s))
     check_rows = row_limits(compiled, options)
 
-    def before(args: list[Any]) -> None:
-        if watched:
-            guard.check([args[i] for i in watched])
+    def before(args: list[Any]) -> bool:
+        of_parts.check([args[i] for i in parts])
+        problem = guard.problem(args)
+        if problem and parts:
+            raise ParameterChangedError(f"weight {problem} and call torch._dynamo.reset()")
+        if problem:
+            return False
         check_rows(args)
         for place, part in parts.items():
             args[place] = part
+        return True
 
     return before
 
@@ -156,16 +164,6 @@ def settings_of(options: Options, folder: Path | None) -> Settings:
 def _static_tokens(compiled: Compiled) -> int:
     tokens = compiled.tokens
     return int(tokens) if tokens is not None and tokens.is_number else compiled.variants[-1].first
-
-
-def _guard(
-    compiled: Compiled, inputs: Sequence[GraphInput], parts: Collection[int]
-) -> tuple[ParameterGuard, list[int]]:
-    """Watches what was shared, and what replication rests on a fingerprint of, at their places among the inputs."""
-    facts = [*compiled.facts.values()] if compiled.rewritten else []
-    told = {i for of_axis in facts for i, f in enumerate(of_axis) if f.source == "fingerprint" and f.replicated}
-    places = sorted(told.union(parts))
-    return ParameterGuard([(inputs[i].name, local_tensor(inputs[i].value)) for i in places]), places
 
 
 def _device(values: Sequence[Any]) -> str:

@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 
 from cpcompile.errors import TraceError
-from cpcompile.graph_inputs import GraphInput, describe_inputs
+from cpcompile.graph_inputs import GraphInput, describe_inputs, written_places
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -65,11 +65,10 @@ def capture(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Trace:
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         dynamo = time.perf_counter()
-        inputs = describe_inputs(gm, example_inputs)
 
         def keep(aot: fx.GraphModule, _: Sequence[Any]) -> Any:
             seconds = {"dynamo": dynamo - began, "aot": time.perf_counter() - dynamo}
-            found.append(Trace(aot, inputs, seconds))
+            found.append(Trace(aot, describe_inputs(gm, example_inputs, written_places()), seconds))
             raise _Captured
 
         return lower_inference(gm, example_inputs, keep, make_boxed_func)

@@ -115,6 +115,20 @@ class Compiled:
         """Whether any variant differs from the graph as it came."""
         return any(v.steps for v in self.variants)
 
+    @property
+    def rests_on_facts(self) -> bool:
+        """Whether a graph would be wrong if an input differed between ranks that was found to be the same on all."""
+        placed = any(not step.interval.unchanged for v in self.variants for step in v.steps)
+        return placed or (self.sharing is not None and bool(self.sharing.recipes))
+
+    def watched(self) -> list[tuple[Axis, list[int]]]:
+        """Every axis with the places of the inputs that were compared over it, and on whose sameness a graph rests."""
+        compared = {
+            name: [i for i, fact in enumerate(facts) if fact.source == "fingerprint" and fact.replicated]
+            for name, facts in self.facts.items()
+        }
+        return [(axis, compared.get(axis.name, []) if self.rests_on_facts else []) for axis in self.axes]
+
     def at(self, tokens: int) -> Variant:
         """The variant for ``tokens`` tokens."""
         return next(v for v in self.variants if v.first <= tokens and (v.last is None or tokens <= v.last))

@@ -43,7 +43,7 @@ class VerificationError(CpcompileError):
 
 
 class ParameterChangedError(CpcompileError):
-    """A parameter whose replication was established at compile time was replaced afterwards."""
+    """A weight that ranks share parts of was replaced or written after compilation."""
 
 
 class ReloadError(CpcompileError):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._guards import TracingContext
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -24,25 +26,41 @@ class GraphInput:
         name: fully qualified name in the model (``model.norm.weight``), or dynamo's name of the argument.
         value: the dynamo-level value: the Parameter or DTensor itself, a tensor, a SymInt, or any other object.
         kind: ``"parameter"``, ``"buffer"``, ``"input"`` or ``"other"``.
+        written: the graph writes it. What it holds when the graph is compiled says nothing of later calls then.
     """
 
     name: str
     value: object
     kind: Kind
+    written: bool = False
 
 
-def describe_inputs(gm: fx.GraphModule, example_inputs: Sequence[object]) -> list[GraphInput]:
+def describe_inputs(
+    gm: fx.GraphModule, example_inputs: Sequence[object], written: Collection[int] = ()
+) -> list[GraphInput]:
     """The AOT graph's inputs in order, from the dynamo graph's placeholders and example inputs.
 
     AOTAutograd passes the tensors inside a DTensor (and, since torch 2.13, its mesh) in the DTensor's place.
+
+    Args:
+        gm: dynamo's graph.
+        example_inputs: its inputs.
+        written: places of those that the graph writes, see ``written_places``.
     """
     found = []
     placeholders = gm.graph.find_nodes(op="placeholder")
-    for node, value in zip(placeholders, example_inputs, strict=True):
+    for place, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
         source = source_name(node)
-        given = GraphInput(readable_name(source) or node.name, value, _kind(source, value))
+        given = GraphInput(readable_name(source) or node.name, value, _kind(source, value), place in written)
         found += [given] * _leaves(value)
     return found
+
+
+def written_places() -> frozenset[int]:
+    """Places of the dynamo graph's inputs that it writes, by AOTAutograd, which asks for its graph to be compiled."""
+    context: Any = TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    return frozenset(metadata.mutated_inp_runtime_indices if metadata is not None else ())
 
 
 def source_name(node: fx.Node) -> str:

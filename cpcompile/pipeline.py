@@ -257,9 +257,11 @@ def _rewrite_axis(
     original = structure_fingerprint(result.original)
     for variant in variants:
         names, values, kinds = unique_names(inputs), [i.value for i in inputs], [i.kind for i in inputs]
+        written = [name for name, i in zip(names, inputs, strict=True) if i.written]
         facts = runner.run(
-            "facts", exchange_facts, variant.gm, names, values, kinds, axis, exchange, declared=options.replicated
-        )
+            "facts", exchange_facts, variant.gm, names, values, kinds, axis, exchange,
+            declared=options.replicated, mutated=written,
+        )  # fmt: skip
         result.facts[axis.name] = facts.inputs
         placeholders = [n.name for n in variant.gm.graph.find_nodes(op="placeholder")]
         # Sizes are part of the axis's contract: every rank runs the same step.

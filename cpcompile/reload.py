@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -12,8 +13,9 @@ from cpcompile.axes import Axis, axis_of
 from cpcompile.backend import exchange_for
 from cpcompile.identity import difference, identity
 from cpcompile.options import Options
-from cpcompile.replication import ParameterGuard, fingerprint
+from cpcompile.replication import fingerprint
 from cpcompile.saved_code import SavedCode, form
+from cpcompile.weight_guard import WeightGuard
 
 NOTHING = "no saved code"
 _Post = tuple[str, str, dict[str, str]]  # why a rank cannot take its code, its word of a compilation, fingerprints
@@ -58,16 +60,21 @@ def settle(
         posts = exchange_for(axis, parsed.timeout_s).all_gather(post, "saved code")
         problem = _verdict(axis, cast(Sequence[_Post], posts))
     if found is not None and not problem:
-        _start(found, axes, tensors)
+        _start(found, axes, tensors, parsed.timeout_s)
     return problem
 
 
-def _start(found: SavedCode, axes: Sequence[Axis], tensors: Mapping[str, torch.Tensor]) -> None:
-    watched = found.grounds.watched
-    guard = ParameterGuard([(name, tensors[name]) for name in watched.values()])
-    names = {axis.name: axis.group_name for axis in axes}
-    groups = {axis.group_name: names[axis.name] for axis in found.grounds.axes}
-    found.start(groups, lambda args: guard.check([args[place] for place in watched]))
+def _start(found: SavedCode, axes: Sequence[Axis], tensors: Mapping[str, torch.Tensor], timeout_s: float) -> None:
+    grounds, reach = found.grounds, functools.partial(exchange_for, timeout_s=timeout_s)
+    weights = {place: (name, tensors[name]) for place, name in grounds.watched.items()}
+    now = {axis.name: axis for axis in axes}
+    same = [
+        (now[axis.name], [place for place, name in grounds.watched.items() if name in grounds.same[axis.name]])
+        for axis in grounds.axes
+    ]
+    guard = WeightGuard(weights, same, reach)
+    groups = {axis.group_name: now[axis.name].group_name for axis in grounds.axes}
+    found.start(groups, lambda args: not guard.problem(args))
 
 
 def _misfit(found: SavedCode, options: Options, axes: Sequence[Axis]) -> str:

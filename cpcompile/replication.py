@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import operator
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
-from functools import cache, partial
+from functools import cache
 from inspect import signature
 from itertools import zip_longest
 from types import BuiltinFunctionType, FunctionType
@@ -24,12 +23,11 @@ from torch._subclasses import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
-from torch.utils.weak import TensorWeakRef
 
 from cpcompile.axes import Axis
-from cpcompile.errors import AxisError, ParameterChangedError
+from cpcompile.errors import AxisError
 from cpcompile.exchange import Exchange, OfflineExchange
-from cpcompile.weights import address, released_fingerprint
+from cpcompile.weights import released_fingerprint
 
 Kind = Literal["parameter", "buffer", "input", "other"]
 
@@ -261,58 +259,6 @@ def _sums(words: Tensor, keys: Tensor) -> Iterable[Tensor]:
 
 def _product_sum(keyed: Tensor) -> Tensor:
     return (keyed & _LOW_HALF).mul_(keyed >> 32).sum()
-
-
-class ParameterGuard:
-    """Tells when a parameter whose replication rests on a fingerprint is replaced or written.
-
-    Holds the tensors weakly. Writes through ``param.data`` bump no version counter and are not seen, nor are writes to
-    inference tensors, which have none: after reloading weights in such a way, reset and compile again.
-
-    Args:
-        parameters: ``(name, tensor)`` of each parameter to watch.
-    """
-
-    def __init__(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Remember where each parameter lies and how often it was written."""
-        self._gone: list[str] = []  # filled by the watches: a new tensor may then lie at the old address
-        self._watches: list[weakref.ref[Tensor]] = []
-        self._refs: list[TensorWeakRef] = []
-        self._entries: list[tuple[int, int | None, str]] = []
-        for name, tensor in parameters:
-            self._refs.append(TensorWeakRef(tensor))
-            self._watches.append(weakref.ref(tensor, partial(_note, self._gone, name)))
-            version = None if tensor.is_inference() else tensor._version
-            self._entries.append((address(tensor), version, name))
-
-    def check(self, current: Sequence[Tensor] | None = None) -> None:
-        """Compare with the state at construction.
-
-        Args:
-            current: the tensors that this call was given, in the guard's order: finds those that the module replaced.
-
-        Raises:
-            ParameterChangedError: one was replaced, moved or written.
-        """
-        tensors = [ref() for ref in self._refs] if current is None else current
-        if self._gone:
-            raise _changed(self._gone[0], "replaced")
-        for (place, version, name), tensor in zip(self._entries, tensors, strict=True):
-            if address(tensor) != place:
-                raise _changed(name, "in other memory")
-            if version is not None and tensor._version != version:
-                raise _changed(name, "written")
-
-
-def _note(gone: list[str], name: str, _: object) -> None:
-    gone.append(name)
-
-
-def _changed(name: str, how: str) -> ParameterChangedError:
-    return ParameterChangedError(
-        f"parameter {name!r}: expected the contents that were the same on every rank at compile time, found it {how}; "
-        "call torch._dynamo.reset() and compile again"
-    )
 
 
 # ---- structure and constants of a graph ----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from cpcompile.lowering.eager import lower
 from cpcompile.lowering.targets import BoxedCallable, Settings
 from cpcompile.replication import group_places
 
-Check = Callable[[list[Any]], None]
+Check = Callable[[list[Any]], bool]
 
 
 @dataclasses.dataclass
@@ -30,14 +30,17 @@ class RunCode(OutputCode):
         run: the lowered variants, by ascending token count.
         firsts: the least token count of each of them.
         read_tokens: reads the token count off a call's inputs; None where there is one variant.
-        before: called with a call's inputs, which it may refuse or change, before they run.
-        graphs: the graphs that ``run`` runs op by op, where it does; empty where they cannot be kept.
+        before: called with a call's inputs, which it may refuse or change, before they run; says if they run in a
+            variant, or in the graph as it came.
+        original: the graph as it came, op by op.
+        graphs: the graphs that ``run`` and ``original`` run op by op; empty where they cannot be kept.
     """
 
     run: list[BoxedCallable]
     firsts: list[int]
     read_tokens: Callable[[Sequence[Any]], int] | None
     before: Check | None
+    original: BoxedCallable | None
     graphs: list[fx.GraphModule]
     pickled: bytes = b""
     failure: str = ""
@@ -49,7 +52,9 @@ class RunCode(OutputCode):
     def __call__(self, args: Any) -> Any:
         """Run on one list of inputs, which may be changed."""
         assert self.before is not None, "reloaded code runs only after `start`"
-        self.before(args)
+        if not self.before(args):
+            assert self.original is not None
+            return self.original(args)
         which = bisect.bisect_right(self.firsts, self.read_tokens(args)) - 1 if self.read_tokens is not None else 0
         return self.run[which](args)
 
@@ -60,7 +65,7 @@ class RunCode(OutputCode):
             self.pickled = GraphPickler.dumps(self.graphs, no_metadata)
         except Exception as error:  # an op that cannot be pickled must not keep the graph from running
             self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
-        self.run, self.graphs, self.before = [], [], None
+        self.run, self.original, self.graphs, self.before = [], None, [], None
 
     def post_compile(self, example_inputs: Any, constants: Any, graph_kwargs: Any) -> None:
         """Read the graphs back; nothing runs before ``start``."""
@@ -80,7 +85,8 @@ class RunCode(OutputCode):
             if id(gm) not in lowered:
                 rename_groups(gm, groups)
                 lowered[id(gm)] = lower(gm, (), Settings())
-        self.run, self.before = [lowered[id(gm)] for gm in self.graphs], before
+        *self.run, self.original = (lowered[id(gm)] for gm in self.graphs)
+        self.before = before
 
 
 def group_names(gm: fx.GraphModule) -> set[str]:

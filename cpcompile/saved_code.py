@@ -23,7 +23,7 @@ from cpcompile.exchange import Exchange
 from cpcompile.graph_inputs import GraphInput
 from cpcompile.identity import identity
 from cpcompile.options import Options
-from cpcompile.run_code import RunCode, group_names, holds_tensors
+from cpcompile.run_code import Check, RunCode, group_names, holds_tensors
 
 
 @dataclass
@@ -66,11 +66,10 @@ def grounds_of(
     """
     found = Grounds(identity(options), list(compiled.axes), done=done)
     found.weights = {i.name: form(i.value) for i in inputs if i.kind in ("parameter", "buffer")}
-    for axis in compiled.axes:
+    for axis, places in compiled.watched():
         words = exchange_for(axis).all_gather(uuid.uuid4().hex, "word of this compilation")
         found.words[axis.name] = str(words[0])
-        facts = compiled.facts.get(axis.name, [])
-        seen = {i: inputs[i].name for i, f in enumerate(facts) if f.source == "fingerprint" and f.replicated}
+        seen = {i: inputs[i].name for i in places}
         found.same[axis.name] = list(seen.values())
         found.watched.update(seen)
     found.refusal = _refusal(compiled, inputs, target)
@@ -134,7 +133,7 @@ class SavedCode(SerializableCallable):
         self._code = entry.compiled_fw.result
         self._read = deserialize_bundled_cache_entry(entry)
 
-    def start(self, groups: Mapping[str, str], before: Callable[[list[Any]], None]) -> None:
+    def start(self, groups: Mapping[str, str], before: Check) -> None:
         """Run what was read from now on; see :meth:`RunCode.start`."""
         assert self._code is not None, "read() comes first"
         self._code.start(groups, before)

@@ -1,4 +1,4 @@
-"""Replication facts: each source, the fingerprint's strength, the guard, and graphs compared over simulated ranks."""
+"""Replication facts: each source, the fingerprint's strength, and graphs compared over simulated ranks."""
 
 import re
 import time
@@ -15,10 +15,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import cpcompile.replication as replication
 from cpcompile.axes import Axis
-from cpcompile.errors import AxisError, OptionError, ParameterChangedError
+from cpcompile.errors import AxisError, OptionError
 from cpcompile.exchange import GroupExchange, LocalExchange, OfflineExchange, agree
 from cpcompile.replication import (
-    ParameterGuard,
     exchange_facts,
     fingerprint,
     graph_signature,
@@ -271,78 +270,6 @@ def test_fingerprint_of_scalars_and_empty_tensors():
     assert fingerprint(torch.ones(5)[::3][:1]) == fingerprint(torch.ones(1))  # contiguous, though its stride is 3
 
 
-# ---- guard
-
-
-def test_guard_sees_replaced_and_written_parameters():
-    def fresh():
-        layer = nn.Linear(4, 4)
-        return layer, ParameterGuard(layer.named_parameters())
-
-    layer, guard = fresh()
-    guard.check()
-    guard.check(list(layer.parameters()))
-    with torch.no_grad():
-        layer.bias.fill_(1.0)
-    with pytest.raises(ParameterChangedError, match=r"'bias'.*written; call torch._dynamo.reset\(\)"):
-        guard.check()
-    layer, guard = fresh()
-    layer.weight.data = torch.zeros(4, 4)
-    with pytest.raises(ParameterChangedError, match=r"'weight'.*other memory"):
-        guard.check()
-    layer, guard = fresh()
-    old, layer.weight = layer.weight, nn.Parameter(torch.zeros(4, 4))
-    guard.check()  # the old one is as it was: only the arguments of the call can tell
-    with pytest.raises(ParameterChangedError, match=r"'weight'.*other memory"):
-        guard.check(list(layer.parameters()))
-    del old  # held weakly
-    with pytest.raises(ParameterChangedError, match=r"'weight'.*replaced"):
-        guard.check()
-
-
-def test_guard_sees_a_new_parameter_at_the_old_address():
-    memory = torch.zeros(16)
-    parameter = nn.Parameter(memory.view(4, 4))
-    guard = ParameterGuard([("w", parameter)])
-    guard.check([parameter])
-    parameter = nn.Parameter(memory.view(4, 4))
-    with pytest.raises(ParameterChangedError, match=r"'w'.*replaced"):
-        guard.check([parameter])
-
-
-def test_guard_watches_the_address_of_inference_tensors():
-    with torch.inference_mode():
-        x = torch.ones(3)
-        guard = ParameterGuard([("x", x)])
-        x.add_(1)
-        guard.check([x])
-        x.set_(torch.zeros(3))
-        with pytest.raises(ParameterChangedError, match="other memory"):
-            guard.check()
-
-
-def test_guard_on_the_arguments_of_a_compiled_call():
-    layer = nn.Linear(4, 4, bias=False)
-
-    def backend(gm, example_inputs):
-        places = [i for i, x in enumerate(example_inputs) if isinstance(x, nn.Parameter)]
-        guard = ParameterGuard([(str(i), example_inputs[i]) for i in places])
-
-        def call(*args):
-            guard.check([args[i] for i in places])
-            return gm(*args)
-
-        return call
-
-    compiled = torch.compile(layer, backend=backend)
-    compiled(torch.ones(2, 4))
-    compiled(torch.ones(2, 4))
-    layer.weight = nn.Parameter(torch.zeros(4, 4))
-    with pytest.raises(ParameterChangedError, match=r"replaced|other memory"):
-        compiled(torch.ones(2, 4))
-    torch._dynamo.reset()
-
-
 # ---- graphs
 
 
@@ -466,7 +393,7 @@ def test_one_exchange_for_inputs_and_graph(step, exchanges):
 
 
 def test_costs_stay_small():
-    """Bounds are several times what was measured: 0.1 s for 12,000 nodes, 0.3 us for each guarded parameter."""
+    """The bound is several times what was measured: 0.1 s for 12,000 nodes."""
     graph = fx.Graph()
     value = graph.placeholder("x")
     for i in range(6000):
@@ -477,8 +404,3 @@ def test_costs_stay_small():
     start = time.perf_counter()
     rank_dependent_nodes(gm, OfflineExchange(4))
     assert time.perf_counter() - start < 1.5
-    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(1000)]
-    guard = ParameterGuard([("p", p) for p in parameters])
-    start = time.perf_counter()
-    guard.check(parameters)
-    assert time.perf_counter() - start < 0.01

@@ -94,7 +94,7 @@ def test_groups_get_the_names_that_they_have_now(by_keyword: bool) -> None:
 def test_a_graph_that_cannot_be_pickled_still_runs() -> None:
     graph = fx.Graph()
     graph.output((graph.call_function(open, (graph.placeholder("x"),)),))
-    code = RunCode([lambda args: [1]], [0], None, lambda args: None, [fx.GraphModule({}, graph)])
+    code = RunCode([lambda args: [1]], [0], None, lambda args: True, None, [fx.GraphModule({}, graph)])
     kept = copy.copy(code)
     kept.prepare_for_serialization()
     assert kept.failure and not kept.pickled
@@ -110,9 +110,11 @@ def test_pytorchs_own_cache_has_another_key_each_time() -> None:
     assert all(tags) and tags[0] != tags[1] and not torch.compiler.config.cache_key_tag
 
 
-def test_the_variant_for_the_tokens_of_a_call_runs() -> None:
-    code = RunCode([lambda args: "few", lambda args: "many"], [0, 10], lambda args: args[0], lambda args: None, [])
-    assert [code([tokens]) for tokens in (0, 9, 10, 11)] == ["few", "few", "many", "many"]
+def test_the_variant_for_the_tokens_of_a_call_runs_or_the_graph_as_it_came() -> None:
+    variants = [lambda args: "few", lambda args: "many"]
+    code = RunCode(variants, [0, 10], lambda args: args[0], lambda args: args[1], lambda args: "as it came", [])
+    assert [code([tokens, True]) for tokens in (0, 9, 10, 11)] == ["few", "few", "many", "many"]
+    assert [code([tokens, False]) for tokens in (0, 11)] == ["as it came"] * 2
 
 
 def test_what_differs_is_named() -> None:

@@ -18,7 +18,6 @@ import torch.multiprocessing as mp
 from blocks import VOCAB, Block, Spelling
 from cached_models import Cached, Packed, mark_prefix, positions_of
 from models import TINY, build, shard, tiny_config
-from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -186,19 +185,6 @@ def expect(message: str, compiled: Callable[[torch.Tensor], Any]) -> None:
         compiled(ids_of(5))
 
 
-def replaced_parameters(mesh: DeviceMesh, folder: str) -> None:
-    """A weight whose equality on all ranks was established is not trusted once it is replaced, or written in place."""
-    for change in (
-        lambda layer: setattr(layer, "norm1", nn.Parameter(layer.norm1 + 1, requires_grad=False)),
-        lambda layer: layer.norm1.mul_(2),
-    ):
-        model, compiled = block(mesh, strategy="tp")
-        close(compiled(ids_of(5)), Block()(ids_of(5)))
-        with torch.no_grad():
-            change(model.layers[0])
-        expect("call torch._dynamo.reset() and compile again", compiled)
-
-
 def training(mesh: DeviceMesh, folder: str) -> None:
     """A graph that is differentiated is left alone, with a warning."""
     model, compiled = block(mesh, strategy="tp", require=["*"])
@@ -244,7 +230,7 @@ def absent_rank(mesh: DeviceMesh, folder: str) -> None:
 
 
 SCENARIOS = [
-    every_token_count, modes, mistakes, replaced_parameters, training, different_options, inductor, real_models,
+    every_token_count, modes, mistakes, training, different_options, inductor, real_models,
     context_parallelism,
     layouts,
     caches_and_batches,
