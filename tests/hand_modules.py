@@ -146,7 +146,7 @@ def traced(name: str) -> fx.GraphModule:
     for number, tensor in enumerate(inputs_of(name)):
         kinds = [DimDynamic.STATIC] * tensor.dim()
         if tensor.shape[0] in (ROWS, ROWS + 1):
-            kinds[0] = DimDynamic.DYNAMIC
+            kinds[0] = DimDynamic.DUCK  # as many rows, the same symbol
         context = StatelessSymbolicContext(dynamic_sizes=kinds)
         fakes.append(mode.from_tensor(tensor, source=ConstantSource(f"x{number}"), symbolic_context=context))
     return make_fx(HANDS.get(name, TWO).f, tracing_mode="symbolic")(*fakes)

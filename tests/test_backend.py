@@ -16,6 +16,7 @@ from simulate import fake_rank
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from versions import needs_torch
 
 from cpcompile.axes import axis_of
 from cpcompile.backend import cpcompile_backend, exchange_for
@@ -166,7 +167,10 @@ def test_an_exchange_in_a_real_group_asks_its_ranks(tmp_path: Path) -> None:
     assert isinstance(found, GroupExchange)
 
 
-@pytest.mark.parametrize("options", [{}, {"strategy": "tp"}])
+UNWRITTEN = needs_torch("2.13", "its fake group leaves the results of collectives unwritten")
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param({"strategy": "tp"}, marks=UNWRITTEN)])
 def test_a_group_of_one_rank_computes_what_the_model_does(options: dict[str, Any]) -> None:
     """The script for many ranks, started on one."""
     with fake_rank(0, 1) as mesh:

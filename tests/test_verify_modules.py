@@ -15,6 +15,7 @@ import torch.fx as fx
 from conftest import case
 from hand_modules import HANDS, run_hand, shared_hand, traced
 from shared_modules import GROUP, group_of, ids_of, model, run, shared, trace_of
+from versions import needs_torch
 
 from cpcompile.axes import Axis
 from cpcompile.passes.canonicalise import Canonicalise
@@ -77,8 +78,10 @@ def test_holds_for_each_role_alone(role: str) -> None:
 
 def test_facts_are_readable() -> None:
     facts = set(proof_of_model("v3", 2, 1, "exchange").facts.values())
-    assert "padded rows of view_15" in facts and "this rank's part of all ranks' rows of view_15" in facts
-    assert "Partial, all ranks' rows of mm_4" in facts and "padded rows of mm_4" in facts
+    # Numbers of nodes are the library's: releases of transformers differ in them.
+    padded = {value for fact in facts if (value := fact.removeprefix("padded rows of ")) != fact}
+    assert any(f"this rank's part of all ranks' rows of {value}" in facts for value in padded if "view" in value)
+    assert any(f"Partial, all ranks' rows of {value}" in facts for value in padded if value.startswith("mm"))
     assert any(fact.startswith("the most rows of any rank of module group, s") for fact in facts)
 
 
@@ -137,8 +140,11 @@ def proof_of_hand(name: str, mode: str, made: SharedGraph | None = None, rank: i
     return prove_modules(traced(name), made.gm, made.cuts, made.axes, group_tokens=tokens, same=same, equal=equal)
 
 
+ROW_SCALES = needs_torch("2.13", "its _scaled_mm on CPUs has one scale for a whole matrix only")
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", HANDS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[ROW_SCALES] if n.startswith("fp8") else []) for n in HANDS])
 def test_holds_for_hand_written_modules(name: str, mode: str) -> None:
     """Biases, fused weights and quantised products; and their numbers are right."""
     assert told(proof_of_hand(name, mode)) == ""
