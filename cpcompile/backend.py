@@ -25,7 +25,7 @@ from cpcompile.graph_inputs import GraphInput, describe_inputs, written_places
 from cpcompile.lowering.targets import BoxedCallable, Settings, lower, prepare
 from cpcompile.module_runtime import examples_of, keep_parts, row_limits
 from cpcompile.module_tp import Sharing, group_axis
-from cpcompile.options import Options
+from cpcompile.options import Options, parse_mode
 from cpcompile.pipeline import compile_graph
 from cpcompile.report import REWRITTEN
 from cpcompile.run_code import RunCode
@@ -34,6 +34,15 @@ from cpcompile.weight_guard import PartGuard, WeightGuard
 from cpcompile.weights import local_tensor
 
 log = logging.getLogger("cpcompile")
+
+
+# What the targets without modes do, and which other target or option there is.
+_INSTEAD = {
+    "eager": "it runs op by op; give target='inductor'",
+    "torchair": "it runs GE graphs; give target='npugraph_ex' to capture kernels, compiler_config to tune",
+    "npugraph_ex": "it captures kernels; give target='torchair' for GE graphs, compiler_config to tune",
+    "ge-export": "it writes GE graphs and runs none",
+}
 
 
 def cpcompile_backend(
@@ -49,16 +58,16 @@ def cpcompile_backend(
         gm: dynamo's graph.
         example_inputs: its inputs: real parameters, fake activations.
         options: see :class:`cpcompile.options.Options`.
-        mode: accepted for callers that pass torch.compile's ``mode=``; a target may use it, none does so far.
+        mode: torch.compile's ``mode=``, for target inductor; other targets have one way to run, and say so.
 
     Raises:
-        OptionError: an option is unknown or malformed.
+        OptionError: an option or the mode is unknown or malformed.
         RequirementError: see ``options["require"]``.
         AxisError: axes and process groups do not agree, or a rank did not take part in time.
-        PlanError: ``options["plan"]`` is not a plan of this graph.
+        PlanError: ``options["plan"]`` is not a plan, or not one of this graph.
         AscendError: a target on Ascend lacks torch_npu or an NPU, or has no form of an op.
     """
-    parsed = Options.parse(options)
+    parsed, known_mode = Options.parse(options), parse_mode(mode)
     prepare(parsed.target)
     grounds: list[Grounds] = []
 
@@ -69,7 +78,7 @@ def cpcompile_backend(
                 "cpcompile: the graph's inputs cannot be matched with the model's: only declared ones are replicated"
             )
             known = unknown_inputs(aot)
-        return _compile_inference(aot, aot_inputs, known, parsed, grounds)
+        return _compile_inference(aot, aot_inputs, known, parsed, known_mode, grounds)
 
     if not is_wanted():
         return lower_inference(gm, example_inputs, inference, _refuse_training)
@@ -102,12 +111,15 @@ def _compile_inference(
     aot_inputs: Sequence[Any],
     inputs: Sequence[GraphInput],
     options: Options,
+    mode: str,
     grounds: list[Grounds],
 ) -> RunCode:
     """Rewrite and lower one graph; where code is to be saved, what it rests on joins ``grounds``."""
     compiled = compile_graph(aot, inputs, options, lambda axis: exchange_for(axis, options.timeout_s))
     folder, done = tell(compiled, options)
     target = options.target or ("inductor" if _device(aot_inputs) == "cuda" else "eager")
+    if mode and target != "inductor":
+        log.warning("cpcompile: mode=%r is inductor's: target %r has no modes (%s)", mode, target, _INSTEAD[target])
     parts = keep_parts(compiled, inputs, options)
     read_tokens = token_reader(compiled.original, compiled.tokens)
     variants = compiled.variants if read_tokens is not None else [compiled.at(_static_tokens(compiled))]
@@ -116,7 +128,7 @@ def _compile_inference(
         if id(variant.gm) not in lowered:
             where = folder / f"from_{variant.first}" if folder is not None else None
             examples = examples_of(variant.gm, aot_inputs, parts)
-            lowered[id(variant.gm)] = lower(target, variant.gm, examples, settings_of(options, where))
+            lowered[id(variant.gm)] = lower(target, variant.gm, examples, settings_of(options, where, mode))
     if is_wanted():
         reach = functools.partial(exchange_for, timeout_s=options.timeout_s)
         grounds.append(grounds_of(compiled, inputs, options, target, reach, done))
@@ -155,10 +167,12 @@ def _before(
     return before
 
 
-def settings_of(options: Options, folder: Path | None) -> Settings:
+def settings_of(options: Options, folder: Path | None, mode: str = "") -> Settings:
     """What the target is told. Raises :class:`GroupError` where a group that an option needs is not given."""
     own = group_axis(options.groups, "mc2", None, "moe_dispatch").group_name if options.moe_dispatch else ""
-    return Settings(options.compiler_config, options.mc2, folder, options.uneven_collectives, options.mla_prolog, own)
+    return Settings(
+        options.compiler_config, options.mc2, folder, options.uneven_collectives, options.mla_prolog, own, mode
+    )
 
 
 def _static_tokens(compiled: Compiled) -> int:

@@ -136,7 +136,12 @@ class Options:
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
-        """Check ``options``. Raises :class:`OptionError` for an unknown name or a value of the wrong kind."""
+        """Check ``options``.
+
+        Raises:
+            OptionError: an option is unknown, or has a value of the wrong kind.
+            PlanError: ``plan`` is the path of a file that is missing or no plan.
+        """
         options = dict(options or {})
         known = {f.name for f in dataclasses.fields(cls)}
         for name in options:
@@ -169,7 +174,19 @@ class Options:
             raise OptionError("target='ge-export' writes graphs and runs none: give dump_dir, the folder for them")
         if isinstance(parsed.profile, str):
             _check_choice("profile", parsed.profile, (*PROFILES, ""))
+        if isinstance(parsed.plan, (str, Path)):
+            Plan.load(parsed.plan)  # a graph without groups never looks at it: a mistake would go unnoticed
         return parsed
+
+
+def parse_mode(mode: str | None) -> str:
+    """``torch.compile``'s ``mode=``: one of inductor's, ``""`` for its default. Raises :class:`OptionError`."""
+    if mode in (None, "default"):
+        return ""
+    from torch._inductor import list_mode_options
+
+    _check_choice("mode", mode, tuple(list_mode_options()))
+    return str(mode)
 
 
 def parse_patterns(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:

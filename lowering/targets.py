@@ -35,6 +35,7 @@ class Settings:
         uneven_collectives: on Ascend, reduce-scatters and all-gathers of as many rows as there are, in place of pads.
         mla_prolog: on Ascend, absorbed MLA ahead of attention as one op, where it fits.
         moe_dispatch: on Ascend, name of the group over which rows go to their experts and back, where that fits.
+        mode: of inductor, for that target: what ``torch.compile(mode=...)`` says; empty for its default.
     """
 
     compiler_config: Any = None
@@ -43,6 +44,7 @@ class Settings:
     uneven_collectives: bool = False
     mla_prolog: bool = False
     moe_dispatch: str = ""
+    mode: str = ""
 
 
 def prepare(target: str) -> None:

@@ -93,11 +93,51 @@ def test_a_training_graph_runs_unmodified_with_a_warning() -> None:
     torch.testing.assert_close(mine, layer.first.grad)
 
 
-def test_mode_is_accepted() -> None:
+@pytest.mark.parametrize("mode", [None, "default", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead"])
+def test_mode_reaches_inductor(mode: str | None) -> None:
+    """What inductor's configuration says while it compiles is what it says under PyTorch's own backend."""
+    layer, seen = Layer(), []
+    for backend in ("inductor", cpcompile_on_inductor):
+        torch._dynamo.reset()
+        with torch.no_grad(), torch._inductor.config.patch(post_grad_custom_post_pass=lambda _: seen.append(config())):
+            found = torch.compile(layer, backend=backend, mode=mode)(ids_of(5))
+        torch.testing.assert_close(found, layer(ids_of(5)))
+    wide = bool(mode) and "autotune" in str(mode)
+    graphs = mode in ("max-autotune", "reduce-overhead")
+    assert seen == [(wide, wide, graphs)] * 2
+
+
+def config() -> tuple[bool, bool, bool]:
+    now = torch._inductor.config
+    return now.max_autotune, now.coordinate_descent_tuning, now.triton.cudagraphs
+
+
+def cpcompile_on_inductor(gm: Any, example_inputs: Any, *, mode: str | None = None, options: Any = None) -> Any:
+    return cpcompile_backend(gm, example_inputs, options={"target": "inductor"}, mode=mode)
+
+
+def test_a_mode_that_the_target_has_not_is_said_and_an_unknown_one_refused(caplog: pytest.LogCaptureFixture) -> None:
     layer = Layer()
-    with torch.no_grad():
-        found = torch.compile(layer, backend="cpcompile", mode="max-autotune")(ids_of(5))
-    assert torch.equal(found, layer(ids_of(5)))
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "cpcompile"):
+        for mode, said in (("default", 0), ("max-autotune", 1)):
+            torch._dynamo.reset()
+            found = torch.compile(layer, backend="cpcompile", mode=mode)(ids_of(5))
+            assert torch.equal(found, layer(ids_of(5)))
+            assert len(caplog.records) == said
+        line = caplog.records[0].getMessage()
+        assert "mode='max-autotune' is inductor's: target 'eager' has no modes (it runs op by op; give target=" in line
+        with pytest.raises(Exception, match=r"mode='max-autotun' is not known .did you mean 'max-autotune'"):
+            torch.compile(layer, backend="cpcompile", mode="max-autotun")(ids_of(7))
+
+
+def test_a_plan_that_is_missing_is_refused_where_no_graph_needs_it(tmp_path: Path) -> None:
+    layer = Layer()
+    for name, contents, why in (("absent", None, "cannot read the plan"), ("other", "{}", "not a plan")):
+        path = tmp_path / name
+        if contents is not None:
+            path.write_text(contents)
+        with pytest.raises(Exception, match=why):
+            run(layer, ids_of(5), plan=str(path))
 
 
 def test_one_graph_serves_every_token_count() -> None:

@@ -36,7 +36,7 @@ def test_nothing_gives_the_defaults(nothing: dict[str, object] | None) -> None:
         ("verify", VERIFICATIONS),
         ("profile", (*PROFILES, "", PROFILES["gloo"])),
         ("deterministic", (True, False)),
-        ("plan", (None, "plan.json", Path("plan.json"), Plan())),
+        ("plan", (None, Plan())),
         ("dump_dir", (None, "out", Path("out"))),
         ("timeout_s", (0.5, 3)),
         ("axes", ({}, {"tp": "0"})),
@@ -46,6 +46,13 @@ def test_every_choice_is_taken_as_given(name: str, values: tuple[object, ...]) -
     for value in values:
         needed = {"dump_dir": "out"} if value == "ge-export" else {}
         assert getattr(Options.parse({name: value, **needed}), name) == value
+
+
+def test_the_path_of_a_plan_is_taken_as_given(tmp_path: Path) -> None:
+    """One that is missing, or no plan, is an error: see ``test_backend``."""
+    path = tmp_path / "plan.json"
+    Plan().save(path)
+    assert Options.parse({"plan": path}).plan == path and Options.parse({"plan": str(path)}).plan == str(path)
 
 
 @pytest.mark.parametrize("name", ["require", "replicated"])

@@ -162,14 +162,6 @@ def every_token_count(mesh: DeviceMesh, folder: str) -> None:
     assert graphs() == 3
 
 
-def modes(mesh: DeviceMesh, folder: str) -> None:
-    """``mode=`` is accepted: callers pass it whatever the backend."""
-    torch._dynamo.reset()
-    model = Block(Spelling(), mesh, mesh.get_local_rank(), WORLD)
-    compiled = torch.compile(model, backend="cpcompile", mode="max-autotune", fullgraph=True)
-    close(compiled(ids_of(5)), Block()(ids_of(5)))
-
-
 def mistakes(mesh: DeviceMesh, folder: str) -> None:
     expect("unknown option 'stratgy' (did you mean 'strategy'?)", block(mesh, stratgy="tp")[1])
     expect("require='*o_porj': nothing of that name was rewritten", block(mesh, strategy="tp", require=["*o_porj"])[1])
@@ -230,7 +222,7 @@ def absent_rank(mesh: DeviceMesh, folder: str) -> None:
 
 
 SCENARIOS = [
-    every_token_count, modes, mistakes, training, different_options, inductor, real_models,
+    every_token_count, mistakes, training, different_options, inductor, real_models,
     context_parallelism,
     layouts,
     caches_and_batches,

@@ -17,6 +17,7 @@ from blocks import VOCAB, Block, Spelling
 
 from cpcompile import identity
 from cpcompile.errors import AxisError
+from cpcompile.plan import Plan
 from cpcompile.reload import NOTHING, settle
 from cpcompile.run_code import group_names
 from cpcompile.saved_code import SavedCode
@@ -174,7 +175,7 @@ def refused_for_what_it_was_made_with(ranks: Ranks) -> None:
     _, found = ranks.load()
     assert ranks.settled(found, strategy="tp") == said + "option strategy was 'auto' and is 'tp'"
     plan = ranks.folder / f"plan{ranks.rank}.json"
-    plan.write_text("{}")
+    Plan().save(plan)
     assert ranks.settled(found, plan=str(plan)).startswith(said + "option plan was none and is ")
     with version("0.0.1"):
         assert ranks.settled(found).startswith(said + "cpcompile was ")
