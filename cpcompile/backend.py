@@ -23,6 +23,7 @@ from cpcompile.errors import ParameterChangedError, ReloadError
 from cpcompile.exchange import Exchange, GroupExchange, OfflineExchange
 from cpcompile.graph_inputs import GraphInput, describe_inputs, written_places
 from cpcompile.lowering.targets import BoxedCallable, Settings, lower, prepare
+from cpcompile.module_floats import fix_module_floats
 from cpcompile.module_runtime import examples_of, keep_parts, row_limits
 from cpcompile.module_tp import Sharing, group_axis
 from cpcompile.options import Options, parse_mode
@@ -69,6 +70,7 @@ def cpcompile_backend(
     """
     parsed, known_mode = Options.parse(options), parse_mode(mode)
     prepare(parsed.target)
+    fix_module_floats(gm)
     grounds: list[Grounds] = []
 
     def inference(aot: fx.GraphModule, aot_inputs: Sequence[Any]) -> BoxedCallable:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from cpcompile.axes import Axis, find_axes, is_group
 from cpcompile.compiled import Compiled, Step, Variant, first_tokens
@@ -72,6 +73,9 @@ def compile_graph(
 ) -> Compiled:
     """Run the pipeline on a functional ATen graph.
 
+    It runs outside of all dispatch modes. A compiler is called under dynamo's fake mode, under which a pass could not
+    read a constant of the graph, and its own small tensors would be fake.
+
     Args:
         gm: one rank's graph; canonicalised in place.
         inputs: what each of its inputs is.
@@ -87,6 +91,18 @@ def compile_graph(
         GroupError: a module is to be shared, and its ranks are not given.
     """
     kinds = module_axes(options) if modules is None else modules
+    with _disable_current_modes():
+        return _compile_graph(gm, inputs, options, exchange_for, axes, kinds)
+
+
+def _compile_graph(
+    gm: fx.GraphModule,
+    inputs: Sequence[GraphInput],
+    options: Options,
+    exchange_for: Callable[[Axis], Exchange],
+    axes: Sequence[Axis] | None,
+    kinds: Mapping[str, Axis],
+) -> Compiled:
     runner = Runner()
     runner.run("vllm-ops", VllmOps(), gm)  # before the copy: what it changes must not run as it came
     original = fx.GraphModule(gm, copy_graph(gm.graph))
