@@ -18,7 +18,7 @@ SGLANG := $(SGLANG_VENV)/.installed
 # Torch_npu is for the tests that lower to Ascend alone, which look for it in $(VENV)/ascend: on the path of all, PyTorch and
 # the transformers library would import it, and that fails where CANN is not installed.
 
-.PHONY: demo test test-vllm test-sglang lint bench clean
+.PHONY: demo test test-vllm test-sglang lint bench fuzz clean
 
 demo: $(DEMO)
 	$(BIN)/python examples/demo.py
@@ -41,6 +41,11 @@ lint: $(TEST)
 
 bench: $(DEMO)
 	$(BIN)/python -m bench
+
+# Random graphs and mutated rewrites with new seeds, which it prints: about an hour on one quiet core.
+fuzz: $(DEMO)
+	$(BIN)/python -m bench.fuzz graphs
+	$(BIN)/python -m bench.fuzz mutants
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) build *.egg-info

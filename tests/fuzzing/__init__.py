@@ -1,0 +1,1 @@
+"""Random graphs over several ranks, what the pipeline makes of them, and mutations of what it made."""
