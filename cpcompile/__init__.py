@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cpcompile.declared_ops import row_wise
     from cpcompile.errors import CpcompileError
     from cpcompile.explanation import explain
     from cpcompile.idle import idle_step
@@ -22,8 +23,9 @@ _HOMES = {
     "explain": "cpcompile.explanation",
     "idle_step": "cpcompile.idle",
     "reallocate_weights": "cpcompile.weights",
+    "row_wise": "cpcompile.declared_ops",
 }
-__all__ = ["CpcompileError", "Options", "Plan", "explain", "idle_step", "reallocate_weights"]
+__all__ = ["CpcompileError", "Options", "Plan", "explain", "idle_step", "reallocate_weights", "row_wise"]
 
 
 def __getattr__(name: str) -> Any:

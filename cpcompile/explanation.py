@@ -236,8 +236,12 @@ def _summary(data: Mapping[str, Any]) -> Iterator[Text]:
     if failures:
         yield Text(f"Verification FAILED, the graph runs as it came: {failures[0]}")
     else:
+        trusted = sorted({op for proof in proofs for op in proof.get("trusts", [])})
+        told = f", taking on trust that {', '.join(trusted)} is row-wise, as stated" if trusted else ""
         yield Text(
-            f"Verification: {len(proofs)} rewritten graphs proven" if proofs else "Verification: nothing was proven"
+            f"Verification: {len(proofs)} rewritten graphs proven{told}"
+            if proofs
+            else "Verification: nothing was proven"
         )
     capture, graph = data["capture"], data["graph"]
     yield Text(

@@ -364,7 +364,8 @@ def _materialise(
         same = proof.same
         result.proofs.append(
             {"axis": known.axis.name, "first": first, "last": last, "holds": proof.holds,
-             "method": "static", "failures": [f"{f.node}: {f.message}" for f in proof.failures]}
+             "method": "static", "failures": [f"{f.node}: {f.message}" for f in proof.failures],
+             "trusts": list(proof.trusts)}
         )  # fmt: skip
     if options.verify == "numeric":
         failures = runner.run("verify-numeric", check_numerically, variant.gm, graph, interval, replicated.__getitem__)

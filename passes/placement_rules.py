@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx as fx
 
+from cpcompile.declared_ops import stated
 from cpcompile.passes.attention_rules import fused_attention, npu_norm, npu_rope, queries, routed, vllm_norm
 from cpcompile.passes.collectives import op_name
 from cpcompile.passes.fused_attention import FUSED, is_random
@@ -54,6 +55,7 @@ from cpcompile.passes.row_rules import (
     unsqueeze,
     view,
 )
+from cpcompile.passes.stated_rules import stated_row_wise
 from cpcompile.passes.token_layout import Expr, Shape
 from cpcompile.passes.vllm_ops import why_whole
 
@@ -168,6 +170,7 @@ RULES: Mapping[str, OpRule] = {
 }
 
 _POINTWISE_RULE = OpRule(pointwise, _POINTWISE)
+_STATED_RULE = OpRule(stated_row_wise, "the user's statement, cpcompile.row_wise")
 
 
 def _keeps_linearity(node: fx.Node) -> bool:
@@ -195,6 +198,8 @@ def find_rule(node: fx.Node) -> OpRule | None:
     if is_random(node) or node.target._schema.is_mutable:
         return None
     known = RULES.get(op_name(node.target))
+    if stated(op_name(node.target)) is not None:
+        return _STATED_RULE
     if known is None and torch.Tag.pointwise in node.target.tags:
         return _POINTWISE_RULE
     if known is not None and known.linear and not _keeps_linearity(node):

@@ -14,6 +14,7 @@ import torch
 import torch.fx as fx
 
 from cpcompile.axes import Axis
+from cpcompile.declared_ops import stated
 from cpcompile.passes import npu_ops
 from cpcompile.passes.collectives import AllReduce, find_all_reduces, op_name
 from cpcompile.passes.existing_moves import find_gathers, gathers_rows, own_rows, taken_from
@@ -210,7 +211,11 @@ def _is_replicated(
         namespace = node.target.namespace
         if namespace == "_c10d_functional":
             return _collective_is_replicated(node, known)
-        pure = namespace in PURE_NAMESPACES or npu_ops.base_name(node.target) in npu_ops.PURE
+        pure = (
+            namespace in PURE_NAMESPACES
+            or stated(op_name(node.target)) is not None
+            or npu_ops.base_name(node.target) in npu_ops.PURE
+        )
         if not pure or is_random(node):
             return False
     outcome = known.classes.get(node)

@@ -16,6 +16,7 @@ import torch.fx as fx
 from torch._ops import OpOverload
 
 from cpcompile.axes import Axis
+from cpcompile.declared_ops import stated
 from cpcompile.passes.collectives import group_name_of, is_wait
 from cpcompile.passes.verify_arguments import (
     LAST,
@@ -209,7 +210,8 @@ class Numbering(Arguments):
             return (over_axis and name in ("all_gather_into_tensor", "broadcast", "all_reduce")) or (
                 shared and name == "all_reduce"
             )
-        return (namespace in PURE_NAMESPACES or name in PURE_NPU) and shared
+        pure = namespace in PURE_NAMESPACES or name in PURE_NPU or stated(f"{namespace}::{name}") is not None
+        return pure and shared
 
 
 def _same_constant(mine: fx.GraphModule, theirs: fx.GraphModule, target: str) -> bool:

@@ -30,12 +30,14 @@ class Proof:
         failures: the nodes at which it does not, without what only follows from another failure.
         facts: rewritten node name → what it was shown to be, such as ``"Shard(1) of mul_150"``.
         same: names of the rewritten nodes that were shown to be the same on all ranks.
+        trusts: ops that are row-wise by the user's statement, which is not proven.
     """
 
     holds: bool
     failures: tuple[Failure, ...]
     facts: Mapping[str, str]
     same: frozenset[str] = frozenset()
+    trusts: tuple[str, ...] = ()
 
 
 def check_shapes(node: fx.Node, shown: Sequence[Shape]) -> None:

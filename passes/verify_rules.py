@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 import torch
 import torch.fx as fx
 
+from cpcompile.declared_ops import stated
 from cpcompile.passes.collectives import op_name
 from cpcompile.passes.verify_arguments import is_random
 from cpcompile.passes.verify_call import ALONE, ALONG, Call, Rule, along, pointwise
@@ -276,6 +277,33 @@ HOMOGENEOUS |= {"aten::mv", "aten::unbind", "aten::flip", "aten::roll", "aten::r
 HOMOGENEOUS |= {f"aten::{n}" for n in ("view_as_real", "view_as_complex", "_conj", "_conj_physical", "_neg_view")}
 
 
+def on_trust(call: Call) -> Rows | str:
+    """What a user states of an opaque op: rows of the arguments that the statement names, and of no others."""
+    told = stated(op_name(call.node.target))
+    assert told is not None and isinstance(call.node.target, torch._ops.OpOverload)
+    names = [argument.name for argument in call.node.target._schema.arguments]
+    wanted = {value for p in told.rows if isinstance(value := call.arg(names[p]) if p < len(names) else None, fx.Node)}
+    whole = {
+        value for p, name in enumerate(names) if p not in told.rows and isinstance(value := call.arg(name), fx.Node)
+    }
+    splits = set(call.rows.values())
+    if (
+        set(call.rows) != wanted
+        or wanted & whole
+        or len(splits) != 1
+        or splits != {r for r in splits if r.dim == told.dim}
+    ):
+        return f"it is stated to be row-wise in dim {told.dim} of arguments {told.rows}, and others are split"
+    extents = {shape[told.dim] for shape in [*(call.shapes[n] for n in wanted), *call.out[: told.out]]}
+    return splits.pop() if len(extents) == 1 else "it is stated to be row-wise, and its results have other rows"
+
+
+def results_by_rows(node: fx.Node, count: int) -> int:
+    """How many of the call's ``count`` results are split by rows; the rest cannot be told of rows."""
+    told = stated(op_name(node.target))
+    return told.out if told is not None else RESULTS_BY_ROWS.get(op_name(node.target), count)
+
+
 def rows_of(call: Call) -> Rows | str:
     """The dim by which the results are split, or why the op cannot run on rows."""
     target = call.node.target
@@ -284,6 +312,8 @@ def rows_of(call: Call) -> Rows | str:
     rule = RULES.get(op_name(target))
     if rule is None and target.namespace in ("aten", "prims") and torch.Tag.pointwise in target.tags:
         rule = pointwise
+    if rule is None and stated(op_name(target)) is not None:
+        rule = on_trust
     if rule is None or is_random(call.node):
         return "it is not in the table of row-wise ops"
     return rule(call)

@@ -18,6 +18,7 @@ import sympy
 import torch.fx as fx
 
 from cpcompile.axes import Axis
+from cpcompile.declared_ops import stated
 from cpcompile.passes.collectives import is_wait
 from cpcompile.passes.verify_arguments import REPEATING, Arguments, Refused, View, communicates, op_name
 from cpcompile.passes.verify_call import Call
@@ -36,7 +37,7 @@ from cpcompile.passes.verify_moves import Mover, Value, whole
 from cpcompile.passes.verify_numbering import Numbering
 from cpcompile.passes.verify_picks import Picks
 from cpcompile.passes.verify_proof import Failure, Proof, check_outputs, check_shapes, told_op
-from cpcompile.passes.verify_rules import RESULTS_BY_ROWS, is_linear, rows_of
+from cpcompile.passes.verify_rules import is_linear, results_by_rows, rows_of
 
 MOST_READINGS = 64
 
@@ -85,7 +86,8 @@ class _Prover:
             except Refused as refused:
                 self.failures.append(Failure(node.name, f"{node.name}: {refused}"))
         self.failures += [Failure(name, message) for name, message in self.original.missing(self.numbering, self.gm)]
-        return Proof(not self.failures, tuple(self.failures), self.facts, frozenset(self.same))
+        trusts = tuple(sorted({op_name(n.target) for n in self.gm.graph.nodes if stated(op_name(n.target))}))
+        return Proof(not self.failures, tuple(self.failures), self.facts, frozenset(self.same), trusts)
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "output":
@@ -251,7 +253,7 @@ class _Prover:
         if isinstance(where, str):
             raise Refused(f"expected an op that keeps rows apart; found {told_op(node)}: {where}; gather first", 2)
         made = []
-        told = RESULTS_BY_ROWS.get(op_name(node.target), len(views))
+        told = results_by_rows(node, len(views))
         for (content, _), sizes in zip(views[:told], out[:told], strict=True):
             if not self.original.replicated[content]:
                 raise Refused(f"expected the same {told_op(node)} on all ranks; its result differs between them", 3)
