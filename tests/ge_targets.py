@@ -9,6 +9,7 @@ import expert_ranks
 import models
 import serving_models
 import torch
+import torch.distributed._functional_collectives as funcol
 from conftest import make
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -74,3 +75,51 @@ def serving_one() -> Any:
 
 def serving_dense() -> Any:
     return served(3, True)
+
+
+class Odd(torch.nn.Module):
+    """An op without a result, one without a converter, and two whose shapes cannot be worked out on a device."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+        self.weight = torch.nn.Parameter(torch.ones(32, 32), requires_grad=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.embedding(ids, self.weight)
+        x = funcol.all_reduce(x @ self.weight, "sum", self.mesh["tp"])
+        x = x.masked_scatter(x > 0, x * 2)
+        chosen = torch.nn.functional.one_hot(x.argmax(-1), 32).to(x.dtype)
+        first, second = two_on_the_host_only(on_the_host_only(chosen))
+        return first @ self.weight + second
+
+
+def _refuse(x: torch.Tensor) -> None:
+    if x.device.type != "cpu":
+        raise RuntimeError("its shapes\nare known on the host only")
+
+
+@torch.library.custom_op("cpcompile_tests::on_the_host_only", mutates_args=())
+def on_the_host_only(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@on_the_host_only.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    _refuse(x)
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("cpcompile_tests::two_on_the_host_only", mutates_args=())
+def two_on_the_host_only(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.clone(), x.clone()
+
+
+@two_on_the_host_only.register_fake
+def _(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    _refuse(x)
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+def odd(mesh: DeviceMesh) -> Any:
+    return Odd(mesh).eval(), (torch.zeros(16, dtype=torch.long),)

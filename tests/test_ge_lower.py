@@ -133,6 +133,25 @@ def test_what_cannot_be_lowered_is_one_line(tmp_path: Path, given: list[str], pr
     assert result.exit_code == 2 and problem in result.output and len(result.output.splitlines()) == 1
 
 
+def lowered_in_part(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["lower", *map(str, arguments)], catch_exceptions=False)
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("more", [[], ["--static"]])
+def test_each_op_that_cannot_be_lowered_is_one_line(ascend: AscendProcess, tmp_path: Path, more: list[str]) -> None:
+    """It fails in its converter, has none, gives nothing, or its shapes cannot be worked out: the rest is lowered."""
+    given = ["--axis", "tp=2", "--tokens", 16, "--rank", 0, "-o", tmp_path]
+    code, output = ascend(lowered_in_part, f"{TARGETS}:odd", *given, *more)
+    assert code == 1
+    lines = [line for line in output.splitlines() if "NOT LOWERED: " in line]
+    ops = [line.partition("NOT LOWERED: ")[2].partition(" in ")[0] for line in lines]
+    own = [f"1 cpcompile_tests.{name}.default" for name in ("on_the_host_only", "two_on_the_host_only")]
+    assert ops == ["1 aten.masked_scatter.default", "2 aten._assert_async.msg", *own]
+    assert "its shapes; register one with torchair" in lines[-1]
+    assert summary(tmp_path, 0)["ops"]["MatMul"] == 2
+
+
 STEPS = {1: [1], 7: [3, 4], 16: [1, 9, 6], 33: [20, 13]}  # tokens → of each request
 
 

@@ -163,29 +163,58 @@ def _without_engine() -> Iterator[None]:
 
 @contextmanager
 def collecting(found: list[Unsupported]) -> Iterator[None]:
-    """Note every op that cannot be converted, and go on with an op of its name in its place, to find them all."""
-    from torchair._ge_concrete_graph import fx2ge_converter
+    """Note every op that cannot be converted, and go on with an op of its name in its place, to find them all.
 
-    original = fx2ge_converter.GeConcreteGraph.parse_node
+    Its converter may fail, or be missing, and so may the function by which PyTorch works out the shapes of its results.
+    """
+    from torchair._ge_concrete_graph import fx2ge_converter
+    from torchair.npu_fx_compiler import _NpuGraphConverter
+
+    parse, call = fx2ge_converter.GeConcreteGraph.parse_node, _NpuGraphConverter.call_function
 
     def parse_node(self: Any, target: Any, args: Any, kwargs: Any, meta_outputs: Any) -> Any:
         try:
-            return original(self, target, args, kwargs, meta_outputs)
+            return parse(self, target, args, kwargs, meta_outputs)
         except Exception as error:
-            node = self._converter_ctx.node
-            if isinstance(meta_outputs, torch.SymInt | torch.SymFloat | torch.SymBool):
-                # A number has no op to stand in for it.
-                raise AscendError(
-                    f"{node.name} computes a number by {target}, for which torchair has no converter: a GE graph cannot"
-                ) from error
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            found.append(Unsupported(node.name, str(target), module_of(node), reason))
-            made = tree_map_only(torch.Tensor, lambda _: _placeholder(str(target)), meta_outputs)
-            fx2ge_converter.set_ge_outputs(made, meta_outputs)
-            return made
+            found.append(_unsupported(self._converter_ctx.node, target, meta_outputs, error))
+            return _stand_in(target, meta_outputs)
 
-    with patch.object(fx2ge_converter.GeConcreteGraph, "parse_node", parse_node):
+    def call_function(self: Any, target: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return call(self, target, args, kwargs)
+        except AscendError:
+            raise
+        except Exception as error:
+            node = self._graph._converter_ctx.node
+            traced = tree_map_only(FakeTensor, _input, node.meta.get("val"))
+            found.append(_unsupported(node, target, traced, error))
+            return self._get_value_pack(traced, _stand_in(target, traced))
+
+    with (
+        patch.object(fx2ge_converter.GeConcreteGraph, "parse_node", parse_node),
+        patch.object(_NpuGraphConverter, "call_function", call_function),
+    ):
         yield
+
+
+def _unsupported(node: fx.Node, target: Any, results: Any, error: Exception) -> Unsupported:
+    if isinstance(results, torch.SymInt | torch.SymFloat | torch.SymBool):
+        # A number has no op to stand in for it.
+        raise AscendError(
+            f"{node.name} computes a number by {target}, for which torchair has no converter: a GE graph cannot"
+        ) from error
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return Unsupported(node.name, str(target), module_of(node), reason)
+
+
+def _stand_in(target: Any, results: Any) -> Any:
+    """Ops in the place of what an op gives, if it gives anything."""
+    from torchair._ge_concrete_graph.fx2ge_converter import set_ge_outputs
+
+    made = tree_map_only(torch.Tensor, lambda _: _placeholder(str(target)), results)
+    if results is not None:
+        set_ge_outputs(made, results)
+    return made
 
 
 def _placeholder(name: str) -> Any:
