@@ -184,12 +184,24 @@ def _seed_all_reduce(known: Annotation, ar: AllReduce) -> None:
     if layout is None:
         layout = row_dim(shape, known.tokens)
     if layout is None:
-        known.classes[ar.wait] = Mixing("no dim of the reduced value holds the tokens")
+        known.classes[ar.wait] = Mixing(_why_no_tokens(known, shape))
         return
     if known.tokens is None:
         known.tokens = shape[layout.dim]
     known.layouts[ar.wait] = (layout,)
     known.classes[ar.wait] = RowWise({}, (layout,))
+
+
+def _why_no_tokens(known: Annotation, shape: Shape) -> str:
+    """Why a reduced value is not placed: it may be of tokens, but of another count (a second micro-batch, a prefix)."""
+    place = row_dim(shape, None)
+    rows = None if place is None else shape[place.dim]
+    if rows is None or known.tokens is None or rows.is_number or known.tokens.is_number:
+        return "no dim of the reduced value holds the tokens"
+    return (
+        f"has {rows} rows, and the graph is placed for {known.tokens} tokens, one count at a time: "
+        "compile the parts that have other counts on their own"
+    )
 
 
 def _is_replicated(

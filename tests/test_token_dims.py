@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cpcompile.axes import axis_of
 from cpcompile.capture import capture
+from cpcompile.passes.canonicalise import Canonicalise
 from cpcompile.passes.op_call import Mixing, RowWise
 from cpcompile.passes.token_dims import annotate, token_placeholder
 from cpcompile.passes.token_layout import TokenDim
@@ -168,6 +169,32 @@ def test_a_reduced_value_without_tokens_says_so() -> None:
     found = of(lambda x, g: x + funcol.all_reduce(x.sum(0), "sum", g))
     wait = list(found.known.all_reduces)[-1]
     assert found.known.classes[wait] == Mixing("no dim of the reduced value holds the tokens")
+
+
+class Batches(nn.Module):
+    """Two micro-batches, each with its own count of tokens, through one weight."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__()
+        self.one = Model(lambda x, g: torch.relu(x), group)
+
+    def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        return self.one(first), self.one(second)
+
+
+def test_an_all_reduce_of_another_count_of_tokens_says_which() -> None:
+    with fake_rank(0, 4) as mesh:
+        trace, axis = capture(Batches(mesh), torch.arange(12), torch.arange(10)), axis_of("tp", mesh)
+        Canonicalise()(trace.gm)
+        known = annotate(trace.gm, axis, {})
+    one, other = known.all_reduces
+    assert isinstance(known.classes[one], RowWise)
+    count = known.shapes[other][0][0]
+    assert count != known.tokens
+    assert known.classes[other] == Mixing(
+        f"has {count} rows, and the graph is placed for {known.tokens} tokens, one count at a time: "
+        "compile the parts that have other counts on their own"
+    )
 
 
 # ---- replication ---------------------------------------------------------------------------------------------------
