@@ -119,7 +119,8 @@ class WeightGuard:
         """Why the compiled graph is not for ``weights``: on all ranks of all axes, or on none."""
         prints = [released_fingerprint(weight) or fingerprint(weight) for weight in weights]
         problem = ""
-        for axis, places in self._same:
+        # With several axes a second round: what the last of them found has to reach the other ranks of the first.
+        for axis, places in [*self._same, *self._same[:-1]]:
             mine = problem, {self._names[place]: prints[place] for place in places}
             try:
                 said = self._reach(axis).all_gather(mine, "fingerprints of weights")

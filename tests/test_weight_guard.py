@@ -23,11 +23,12 @@ TP, DP = Axis("tp", "tp", 2, 0, (0, 1)), Axis("dp", "dp", 2, 0, (0, 2))
 class Rank:
     """One rank's guard over a layer of two weights, of which it compares the first over tp."""
 
-    def __init__(self, exchange: LocalExchange, others: LocalExchange | None = None) -> None:
+    def __init__(self, exchange: LocalExchange, others: LocalExchange | None = None, last: Axis = DP) -> None:
         self.rank, self.exchanges = exchange.rank, 0
         self.by_axis = {TP: exchange, DP: others}
         self.layer = layer()
-        axes = [(TP, [1])] + ([(DP, [])] if others else [])
+        axes: list[tuple[Axis, list[int]]] = [(TP, [1]), *([(DP, [])] if others else [])]
+        axes.sort(key=lambda axis: axis[0] is last)
         self.guard = WeightGuard({1: ("norm", self.layer[0])}, axes, self.reach)
 
     def reach(self, axis: Axis) -> Any:
@@ -132,13 +133,14 @@ def test_a_rank_that_sees_a_change_alone_says_so() -> None:
     assert "ranks [1] did not take part within 0.2 s" in said and "\n" not in said
 
 
-def test_ranks_of_other_axes_hear_of_it() -> None:
+@pytest.mark.parametrize("last", [TP, DP])
+def test_ranks_of_other_axes_hear_of_it(last: Axis) -> None:
     """Ranks 0 and 1 are tp, as are 2 and 3, which hold their weights as they were; 0 and 2 are dp, as are 1 and 3."""
     tp, dp = [LocalExchange.ring(2, 10.0) for _ in range(2)], [LocalExchange.ring(2, 10.0) for _ in range(2)]
 
     def work(number: int) -> str:
         replica, rank = divmod(number, 2)
-        mine = Rank(tp[replica][rank], dp[rank][replica])
+        mine = Rank(tp[replica][rank], dp[rank][replica], last)
         mine.layer[0].add_(1 if number != 1 else 2)
         return mine.problem()
 
