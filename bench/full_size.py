@@ -21,7 +21,7 @@ from cpcompile.capture import capture
 from cpcompile.compiled import Compiled
 from cpcompile.explanation import compile_trace
 from cpcompile.model_spec import Target, fake_mesh, trace_target
-from cpcompile.module_tp import replica_groups
+from cpcompile.module_groups import replica_groups
 from cpcompile.options import ROLES, Options
 
 MODELS = {"v3": "DeepSeek-V3", "v32": "DeepSeek-V3.2", "serving": "V3.2, serving form"}

@@ -24,8 +24,9 @@ from cpcompile.exchange import Exchange, GroupExchange, OfflineExchange
 from cpcompile.graph_inputs import GraphInput, describe_inputs, written_places
 from cpcompile.lowering.targets import BoxedCallable, Settings, lower, prepare
 from cpcompile.module_floats import fix_module_floats
+from cpcompile.module_groups import group_axis
 from cpcompile.module_runtime import examples_of, keep_parts, row_limits
-from cpcompile.module_tp import Sharing, group_axis
+from cpcompile.module_tp import Sharing
 from cpcompile.options import Options, parse_mode
 from cpcompile.pipeline import compile_graph
 from cpcompile.report import REWRITTEN

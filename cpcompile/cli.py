@@ -106,7 +106,7 @@ def explain(
     """
     from cpcompile.explanation import explain_trace
     from cpcompile.module_report import parse_modules
-    from cpcompile.module_tp import replica_axes
+    from cpcompile.module_groups import replica_axes
     from cpcompile.options import MODULE_SIZES, Options, parse_patterns
 
     options: dict[str, Any] = {"strategy": strategy.value, "profile": profile, "verify": verify.value}

@@ -59,7 +59,7 @@ def lower(
     from cpcompile.explanation import compile_trace
     from cpcompile.lowering.targets import Settings, prepare
     from cpcompile.model_spec import parse_axes
-    from cpcompile.module_tp import replica_groups
+    from cpcompile.module_groups import replica_groups
     from cpcompile.options import Options, parse_patterns
 
     if to != "ge-export":

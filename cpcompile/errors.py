@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable
+
+log = logging.getLogger("cpcompile")
 
 
 class CpcompileError(ValueError):
@@ -59,3 +62,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     options = sorted(known)
     close = difflib.get_close_matches(name, options, n=1)
     return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(options)})"
+
+
+def unexpected(error: Exception, what: str) -> str:
+    """An exception that is a fault of ours as the reason why ``what`` was left out, in one line; it is logged."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    log.warning(
+        "cpcompile: %s failed and is left out, the rest goes on: %s: %s. Please report it with its traceback, which "
+        "the log has at level DEBUG",
+        what,
+        type(error).__name__,
+        line,
+    )
+    log.debug("cpcompile: %s", what, exc_info=error)
+    return f"{type(error).__name__}: {line}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from cpcompile.module_tp import Sharing
 from cpcompile.options import Options
 from cpcompile.passes.weight_recipes import Recipe, carry_out, collect_over
 from cpcompile.replication import fingerprint
-from cpcompile.weights import local_tensor, part_of, release, why_kept
+from cpcompile.weights import address, is_real, keep, local_tensor, part_of, release, why_kept
 
 log = logging.getLogger("cpcompile")
 
@@ -45,9 +46,12 @@ def _made(
     places: Mapping[int, str], sharing: Sharing, inputs: Sequence[GraphInput], options: Options
 ) -> dict[int, torch.Tensor]:
     parts, freed = {}, 0
+    owners = Counter(address(local_tensor(given.value)) for given in inputs if is_real(given.value))
     for place, name in places.items():
         whole, recipes = local_tensor(inputs[place].value), sharing.recipes[name]
         parts[place] = part_of(whole, recipes, functools.partial(_carried_out, recipes=recipes))
+        if address(whole) and owners[address(whole)] > 1:
+            keep(whole, "another input of the graph has the same memory")
         if options.release_weights:  # one after another: no more than one weight is there twice
             freed += release(whole, fingerprint)
             if why_kept(whole):

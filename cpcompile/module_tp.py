@@ -10,109 +10,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.distributed as dist
 import torch.fx as fx
-from torch._subclasses import FakeTensor
 
 from cpcompile import weights
-from cpcompile.axes import Axis, axis_of
-from cpcompile.errors import AxisError, GroupError, VerificationError, nearest
+from cpcompile.axes import Axis
+from cpcompile.errors import VerificationError
 from cpcompile.exchange import Exchange
 from cpcompile.graph_inputs import GraphInput
-from cpcompile.options import MODULE_SIZES, Options
+from cpcompile.options import Options
 from cpcompile.passes.base import Refusal
-from cpcompile.passes.collectives import group_name_of, is_collective
-from cpcompile.passes.module_cuts import SharedModule, cuts_of, read_beside
-from cpcompile.passes.module_parallel import idle_graph, share_modules
-from cpcompile.passes.module_roles import find_modules
-from cpcompile.passes.row_groups import EQUAL
+from cpcompile.passes.module_cuts import SharedModule
 from cpcompile.passes.token_layout import Expr
 from cpcompile.passes.weight_cuts import Cut, CutRefused
 from cpcompile.passes.weight_recipes import Part, Recipe
 from cpcompile.replication import InputFact, input_facts
 from cpcompile.report import ModuleRow
-from cpcompile.weights import local_tensor
-
-
-def module_axes(options: Options) -> dict[str, Axis]:
-    """Kind of group, as ``cpcompile.mesh`` calls it → this rank's, for the weights that the options want shared.
-
-    Raises:
-        GroupError: there is no group of that kind, or it has another size.
-    """
-    found: dict[str, Axis] = {}
-    for key, size in options.finegrained_tp_config.items():
-        role = MODULE_SIZES[key]
-        if size > 1:
-            found[role] = group_axis(options.groups, role, size, key)
-    found = _merged(found)
-    otp = options.flashcomm2_oproj_tensor_parallel_size
-    if otp:
-        key = "flashcomm2_oproj_tensor_parallel_size"
-        if "o_proj" in found:
-            raise GroupError(f"{key}={otp} and oproj_tensor_parallel_size={found['o_proj'].size}: o_proj is cut by one")
-        found["flashcomm2_otp"] = group_axis(options.groups, "flashcomm2_otp", otp, key)
-        found["flashcomm2_odp"] = group_axis(options.groups, "flashcomm2_odp", None, key)
-    if options.layer_sharding:
-        if "o_proj" in found or otp > 1:
-            raise GroupError("layer_sharding=['o_proj'] spreads whole weights, and o_proj is cut: give one of them")
-        found["shared_weight"] = group_axis(options.groups, "shared_weight", None, "layer_sharding")
-    return found
-
-
-def _merged(found: Mapping[str, Axis]) -> dict[str, Axis]:
-    """Roles that share a communicator have one axis, called after all of them: they agree on rows once."""
-    roles: dict[str, list[str]] = {}
-    for role, axis in found.items():
-        roles.setdefault(axis.group_name, []).append(role)
-    return {role: replace(axis, name="+".join(roles[axis.group_name])) for role, axis in found.items()}
-
-
-def group_axis(groups: object, kind: str, size: int | None, key: str) -> Axis:
-    """The process group of ``kind`` among ``groups``, which the option ``key`` needs, of ``size`` ranks if given.
-
-    Raises:
-        GroupError: there is none, or it has another size.
-    """
-    if groups is None:
-        raise GroupError(f"{key} needs the process group {kind!r}: give groups=ProcessGroups(rank_groups(Sizes(...)))")
-    try:
-        group = groups[kind]  # type: ignore[index]
-    except KeyError as error:
-        known = nearest(kind, groups) if isinstance(groups, Mapping) else ""
-        raise GroupError(f"{key}: groups has none of kind {kind!r}{known}") from error
-    axis = group if isinstance(group, Axis) else axis_of(kind, group)
-    if size is not None and axis.size != size:
-        raise GroupError(f"{key}={size}: its process group {kind!r} has {axis.size} ranks; give groups of that size")
-    return axis
-
-
-def replica_axes(sizes: Mapping[str, int], ranks: int, rank: int) -> dict[str, Axis]:
-    """Role → the ranks that share such modules where replicas of ``ranks`` ranks each do, as there are no real ones.
-
-    Args:
-        sizes: role → replicas.
-        ranks: ranks of one replica.
-        rank: this rank of the first replica.
-    """
-    members = {role: tuple(rank + replica * ranks for replica in range(size)) for role, size in sizes.items()}
-    return {r: Axis(f"{len(m)} replicas", f"{len(m)} replicas", len(m), 0, m) for r, m in members.items() if len(m) > 1}
-
-
-def replica_groups(sizes: Mapping[str, int], ranks: int) -> dict[str, Axis]:
-    """The same with process groups, of replicas that follow each other: those that this rank is in.
-
-    Args:
-        sizes: role → replicas.
-        ranks: ranks of one replica.
-    """
-    replica, own = divmod(dist.get_rank(), ranks)
-    found: dict[int, Axis] = {}
-    for size in sorted({size for size in sizes.values() if size > 1}):
-        first = replica - replica % size
-        group = dist.new_group([own + number * ranks for number in range(first, first + size)])
-        found[size] = axis_of(f"{size} replicas", group)
-    return {role: found[size] for role, size in sizes.items() if size > 1}
+from cpcompile.weights import is_real, local_tensor
 
 
 @dataclass
@@ -176,101 +89,11 @@ class Sharing:
         return Sharing(rows=rows, refusals=self.refusals)
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    module: SharedModule
-    cuts: Mapping[str, Cut]
-    beside: tuple[str, ...]
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """What its ranks must hold alike."""
-        return (*self.cuts, *self.beside)
-
-
-def share(
-    canonical: fx.GraphModule,
-    variants: Sequence[tuple[fx.GraphModule, frozenset[str]]],
-    inputs: Sequence[GraphInput],
-    roles: Mapping[str, Axis],
-    token_axes: Sequence[Axis],
-    options: Options,
-    exchange_for: Callable[[Axis], Exchange],
-    sharing: Sharing,
-) -> None:
-    """Share every module of ``roles`` that can be shared in all ``variants``.
-
-    Args:
-        canonical: the graph before tokens were placed, in which roles are found.
-        variants: the graphs to rewrite, each with the nodes that are the same on all ranks of the last token axis.
-        inputs: what their inputs are.
-        roles: role → ranks.
-        token_axes: axes whose ranks work on the same tokens: among them, ranks have equal numbers of rows.
-        options: the user's options.
-        exchange_for: how to reach the other ranks of an axis.
-        sharing: where the outcome goes.
-
-    Raises:
-        AxisError: the ranks of a group found different modules.
-        OptionError: a pattern of ``modules`` matches nothing.
-    """
-    found, refusals = find_modules(canonical, roles, options.modules)
-    places = {n.name: given for n, given in zip(canonical.graph.find_nodes(op="placeholder"), inputs, strict=True)}
-    candidates: list[_Candidate] = []
-    sharing.refusals += refusals
-    sharing.rows += [none_found(role, axis) for role, axis in roles.items() if all(m.role != role for m in found)]
-    sharing.graphs = [gm for gm, _ in variants]
-    for module in found:
-        axis = roles[module.role]
-        unequal = not any(_inside(axis, tokens) for tokens in token_axes)
-        wanted = SharedModule(module.role, module.name, tuple(n.name for n in module.nodes), axis, unequal)
-        try:
-            if options.deterministic:
-                raise CutRefused("deterministic=True keeps every reduction order")
-            found_cuts = [cuts_of(gm, wanted) for gm, _ in variants]
-            beside = tuple(read_beside(variants[0][0], wanted, found_cuts[0]))
-            cuts = found_cuts[0].inputs()
-            check_weights(places, [*cuts, *beside])
-        except CutRefused as refused:
-            sharing.rows.append(_row(wanted, "keep", (0, 0), "", str(refused)))
-        else:
-            candidates.append(_Candidate(wanted, cuts, beside))
-    differing = _differing(candidates, places, exchange_for, options, sharing)
-    for candidate in candidates:
-        if candidate.module in differing:
-            sharing.rows.append(_row(candidate.module, "keep", (0, 0), "", differing[candidate.module]))
-        else:
-            sharing.modules.append(candidate.module)
-            sharing.cuts.update(candidate.cuts)
-            sharing.axes.update(dict.fromkeys(candidate.cuts, candidate.module.axis))
-            sharing.beside.update(candidate.beside)
-            sharing.rows.append(_shared_row(candidate, places))
-    alike = token_axes and all(_inside(m.axis, token_axes[-1]) for m in sharing.modules if not m.unequal)
-    for index, (gm, same) in enumerate(variants if sharing.modules else ()):
-        made = share_modules(gm, sharing.modules, options.group_tokens, same if alike else ())
-        sharing.graphs[index] = made.gm
-        sharing.limited.update(made.most_rows)
-    if any(module.unequal for module in sharing.modules):
-        sharing.idle = idle_graph(canonical, sharing.modules, options.group_tokens)
-        sharing.not_idle = _needs_tokens(canonical, token_axes, options)
-
-
-def none_found(role: str, axis: Axis) -> ModuleRow:
+def none_found(role: str, axis: Axis, refusals: Sequence[Refusal] = ()) -> ModuleRow:
     """The report's row for a role that was asked for and that no module of the graph has."""
-    return ModuleRow(role, "", axis.name, axis.size, "keep", 0, 0, "", "no module of this graph was found to be one")
-
-
-def _needs_tokens(gm: fx.GraphModule, token_axes: Sequence[Axis], options: Options) -> str:
-    """Why a rank cannot be idle. Ranks of a token axis are idle together; of other groups nothing is known."""
-    if options.group_tokens == EQUAL:
-        return "group_tokens='equal' says that all ranks have as many tokens"
-    groups = (group_name_of(node) for node in gm.graph.nodes if is_collective(node))
-    foreign = next((g for g in groups if not any(axis.owns(g) for axis in token_axes)), None)
-    return "" if foreign is None else f"the model itself communicates over group {foreign!r}"
-
-
-def _inside(axis: Axis, tokens: Axis) -> bool:
-    return set(axis.ranks) <= set(tokens.ranks)
+    failed = next((f": {r.reason}" for r in refusals if r.node == role), "")
+    reason = f"no module of this graph was found to be one{failed}"
+    return ModuleRow(role, "", axis.name, axis.size, "keep", 0, 0, "", reason)
 
 
 def check_weights(places: Mapping[str, GraphInput], names: Iterable[str]) -> None:
@@ -278,28 +101,6 @@ def check_weights(places: Mapping[str, GraphInput], names: Iterable[str]) -> Non
     for name in names:
         if places[name].kind not in ("parameter", "buffer"):
             raise CutRefused(f"{places[name].name} is an argument of the model, and no weight of it")
-
-
-def _differing(
-    candidates: Sequence[_Candidate],
-    places: Mapping[str, GraphInput],
-    exchange_for: Callable[[Axis], Exchange],
-    options: Options,
-    sharing: Sharing,
-) -> dict[SharedModule, str]:
-    """Modules whose weights are not known to be the same on their ranks, with the reason."""
-    found: dict[SharedModule, str] = {}
-    for axis in dict.fromkeys(candidate.module.axis for candidate in candidates):
-        mine = [c for c in candidates if c.module.axis == axis]
-        given = [places[name] for c in mine for name in c.inputs]
-        labels = [f"{c.module.role} {c.module.name}" for c in mine]
-        verdicts = compare(given, labels, axis, exchange_for, options, sharing)
-        told = iter(verdicts)
-        for candidate in mine:
-            reasons = [reason for reason in [next(told) for _ in candidate.inputs] if reason]
-            if reasons:
-                found[candidate.module] = reasons[0]
-    return found
 
 
 def compare(
@@ -320,31 +121,27 @@ def compare(
         options: the user's options.
         sharing: where it is noted what was compared.
 
-    Raises:
-        AxisError: the ranks came with other labels.
+    Returns:
+        One for each weight. Where the ranks come with other labels, all are different.
     """
-    known = [weights.verdict(local_tensor(g.value), axis.ranks) if _is_real(g.value) else None for g in given]
+    known = [weights.verdict(local_tensor(g.value), axis.ranks) if is_real(g.value) else None for g in given]
     told = [verdict for verdict in known if verdict is not None]
     if len(told) == len(known):
         sharing.old.add(axis)
         return told
     exchange = exchange_for(axis)
-    for rank, theirs in enumerate(exchange.all_gather(list(labels), f"modules to share over {axis.name}")):
-        if theirs != list(labels):
-            raise AxisError(
-                f"rank {rank} of {axis.name} {list(axis.ranks)} would share other modules than rank {axis.rank}: "
-                "compile the same model with the same options on all of them"
-            )
-    why = f"ranks {list(axis.ranks)} may hold different"
-    facts = _facts(given, axis, exchange, options)
-    found = ["" if fact.replicated else f"{why} {fact.name}: {fact.source}" for fact in facts]
+    every = exchange.all_gather(list(labels), f"modules to share over {axis.name}")
+    other = next((rank for rank, theirs in enumerate(every) if theirs != every[0]), 0)
+    if other:
+        why = f"rank {other} of {axis.name} {list(axis.ranks)} would share other modules than rank 0"
+        found = [f"{why}: compile the same model with the same options on all of them"] * len(given)
+    else:
+        why = f"ranks {list(axis.ranks)} may hold different"
+        facts = _facts(given, axis, exchange, options)
+        found = ["" if fact.replicated else f"{why} {fact.name}: {fact.source}" for fact in facts]
     compared = zip(given, found, strict=True)
-    sharing.new.setdefault(axis, []).extend((local_tensor(g.value), v) for g, v in compared if _is_real(g.value))
+    sharing.new.setdefault(axis, []).extend((local_tensor(g.value), v) for g, v in compared if is_real(g.value))
     return found
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and not value.is_meta and not isinstance(local_tensor(value), FakeTensor)
 
 
 def _facts(given: Sequence[GraphInput], axis: Axis, exchange: Exchange, options: Options) -> list[InputFact]:
@@ -359,22 +156,3 @@ def size_in_bytes(given: GraphInput) -> int:
     """Bytes of a weight on this rank."""
     tensor = local_tensor(given.value)
     return tensor.numel() * tensor.element_size()
-
-
-_MOVES = {
-    "embedding": "all_gather of ids, reduce_scatter",
-    "o_proj": "all_to_all, reduce_scatter",
-    "mlp": "all_gather, reduce_scatter",
-    "lm_head": "all_gather, all_to_all",
-}
-
-
-def _row(module: SharedModule, decision: str, size: tuple[int, int], collectives: str, reason: str) -> ModuleRow:
-    axis = module.axis
-    return ModuleRow(module.role, module.name, axis.name, axis.size, decision, *size, collectives, reason)
-
-
-def _shared_row(candidate: _Candidate, places: Mapping[str, GraphInput]) -> ModuleRow:
-    whole, module = sum(size_in_bytes(places[name]) for name in candidate.cuts), candidate.module
-    reason = "asked for; ranks may have different numbers of rows" if module.unequal else "asked for; as many rows each"
-    return _row(module, "share", (whole, whole // module.axis.size), _MOVES[module.role], reason)

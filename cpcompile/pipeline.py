@@ -24,7 +24,7 @@ from cpcompile.costs import HardwareProfile, profile
 from cpcompile.errors import AxisError, CpcompileError, PlanError, RequirementError
 from cpcompile.exchange import Exchange
 from cpcompile.graph_inputs import GraphInput, meshes_of
-from cpcompile.module_tp import module_axes
+from cpcompile.module_groups import module_axes
 from cpcompile.options import Options
 from cpcompile.passes.canonicalise import Canonicalise
 from cpcompile.passes.collectives import find_all_reduces, group_name_of, is_collective

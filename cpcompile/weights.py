@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -47,6 +48,11 @@ def local_tensor(value: object) -> torch.Tensor:
     """The memory of a parameter on this rank: that inside a DTensor."""
     assert isinstance(value, torch.Tensor)
     return value._local_tensor if isinstance(value, DTensor) else value
+
+
+def is_real(value: object) -> bool:
+    """Whether ``value`` is a tensor with contents."""
+    return isinstance(value, torch.Tensor) and not value.is_meta and not isinstance(local_tensor(value), FakeTensor)
 
 
 def is_released(tensor: torch.Tensor) -> bool:
@@ -106,10 +112,12 @@ def release(tensor: torch.Tensor, fingerprint: Callable[[torch.Tensor], str]) ->
 
     Shape, strides and dtype stay, so that guards on it hold.
     """
-    if is_released(tensor) or tensor.numel() == 0 or why_kept(tensor):
-        return 0
     storage = tensor.untyped_storage()
     size = storage.nbytes()
+    if size > tensor.numel() * tensor.element_size() and not why_kept(tensor):
+        keep(tensor, "it is a view of memory that holds more")
+    if is_released(tensor) or tensor.numel() == 0 or why_kept(tensor):
+        return 0
     _entry(tensor).fingerprint = fingerprint(tensor)
     storage.resize_(0)
     torch._C._set_throw_on_mutable_data_ptr(tensor)

@@ -149,6 +149,8 @@ def _check_scales(p: Product, cuts: Cuts, same: Collection[str]) -> None:
     """Whatever else the product is computed from is the same for the rows and columns of other ranks."""
     if p.per_row:
         raise _Refused(f"{p.per_row[0]} scales each row by what this rank's columns hold; they would be joined")
+    if p.no_sum:
+        raise _Refused(p.no_sum)
     others = {n for n in p.node.all_input_nodes if n not in (p.rows, p.weight, p.bias)}
     others |= {n for cut in cuts.nodes for n in cut.all_input_nodes if n not in cuts.nodes}
     varying = next((n for n in sorted(others) if n.name not in same), None)

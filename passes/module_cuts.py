@@ -7,23 +7,17 @@ them; rows of an embedding's table. ``weight_cuts`` carries the cuts back to the
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.fx as fx
 
 from cpcompile.axes import Axis
-from cpcompile.passes.collectives import arguments, op_name
-from cpcompile.passes.module_roles import VIEWS, between
+from cpcompile.passes.collectives import op_name
+from cpcompile.passes.module_columns import InnerColumns, inner_columns
 from cpcompile.passes.products import Product, product_of
-from cpcompile.passes.token_layout import shape_of, size_expr
+from cpcompile.passes.token_layout import shape_of
 from cpcompile.passes.weight_cuts import CutRefused, Cuts
 
-KEEPS_ROWS = VIEWS - {f"aten::{n}" for n in ("permute", "t", "transpose", "expand", "slice", "_to_copy")}
-DIVIDING = {
-    "aten::split": ("split_size",),
-    "aten::split_with_sizes": ("split_sizes",),
-    "aten::slice": ("start", "end"),
-}
 _ADDED_AFTER = ("aten::addmm",)  # products whose bias may be added to the sum instead
 
 
@@ -46,7 +40,20 @@ class SharedModule:
     unequal: bool
 
 
-def cuts_of(gm: fx.GraphModule, module: SharedModule) -> Cuts:
+@dataclass
+class ModuleCuts(Cuts):
+    """How the weights of a module are cut, and what that does to the values inside it.
+
+    Args:
+        mine: the module's lookup or products.
+        inner: an MLP's values between its products.
+    """
+
+    mine: tuple[fx.Node, ...] = ()
+    inner: InnerColumns = field(default_factory=InnerColumns)
+
+
+def cuts_of(gm: fx.GraphModule, module: SharedModule) -> ModuleCuts:
     """How the weights of ``module`` are cut.
 
     Raises:
@@ -55,7 +62,8 @@ def cuts_of(gm: fx.GraphModule, module: SharedModule) -> Cuts:
     nodes = {n.name: n for n in gm.graph.nodes}
     if any(name not in nodes for name in module.nodes):
         raise CutRefused(f"{module.name} is not in this graph as one product")
-    mine, cuts = [nodes[name] for name in module.nodes], Cuts(module.axis.size)
+    mine = tuple(nodes[name] for name in module.nodes)
+    cuts = ModuleCuts(module.axis.size, mine=mine)
     if module.role == "embedding":
         table = mine[0].args[0]
         assert isinstance(table, fx.Node)
@@ -65,34 +73,38 @@ def cuts_of(gm: fx.GraphModule, module: SharedModule) -> Cuts:
     *first, last = (p for n in mine if (p := product_of(n)) is not None)
     if len(first) + 1 != len(mine):
         raise CutRefused(f"{module.name} has a product that is not known in this graph")
-    halves = 2 if module.role == "mlp" and len(first) == 1 else 1  # gate and up may be one product, side by side
-    for p in first:
-        _cut_columns(cuts, p, halves)
     if module.role == "lm_head":
         _cut_columns(cuts, last, 1)
     else:
         _cut_rows(cuts, last)
-    cuts.check_readers()
     if module.role == "mlp":
-        _check_middle(last, set(mine))
+        cuts.inner = inner_columns(last, mine, module.axis.size)
+    for p in first:
+        _cut_columns(cuts, p, cuts.inner.of[p.node].segments)
+    cuts.check_readers()
     return cuts
 
 
-def read_beside(gm: fx.GraphModule, module: SharedModule, cuts: Cuts) -> list[str]:
+def read_beside(gm: fx.GraphModule, module: SharedModule, cuts: Collection[str]) -> list[str]:
     """Graph inputs that the weights of ``module`` are read with and that stay whole: scales of what is summed over.
 
-    They must be the same on all ranks of its axis, too: they scale other ranks' rows.
+    They must be the same on all ranks of its axis, too: they scale other ranks' rows. ``cuts`` names what is cut.
+
+    Raises:
+        CutRefused: a scale is a constant of the graph, of which nothing is known on other ranks.
     """
     nodes = {n.name: n for n in gm.graph.nodes}
     products = [p for name in module.nodes if (p := product_of(nodes[name])) is not None]
-    pending = [n for p in products for n in (p.weight, *p.per_column)]
+    pending = [n for p in products for n in (p.weight, *p.per_column, *p.single)]
     found: dict[fx.Node, None] = {}
     while pending:
         node = pending.pop()
+        if node.op == "get_attr":
+            raise CutRefused(f"{node}, a constant of the graph, scales rows of other ranks, which may have another one")
         if node.op == "placeholder":
             found[node] = None
         pending += node.all_input_nodes
-    return [node.name for node in found if node not in cuts.nodes]
+    return [node.name for node in found if node.name not in cuts]
 
 
 def _cut_columns(cuts: Cuts, p: Product, segments: int) -> None:
@@ -104,23 +116,6 @@ def _cut_columns(cuts: Cuts, p: Product, segments: int) -> None:
 def _cut_rows(cuts: Cuts, p: Product) -> None:
     if p.bias is not None and op_name(p.node.target) not in _ADDED_AFTER:
         raise CutRefused(f"{p.node} adds its bias before it scales, so that it cannot be added once to the sum")
+    if p.no_sum:
+        raise CutRefused(p.no_sum)
     cuts.cut(p.weight, 0, p.node)
-
-
-def _check_middle(down: Product, products: Collection[fx.Node]) -> None:
-    """Between gate, up and down nothing may depend on the rows' shape or mix columns."""
-    middle = between(down.rows, products)
-    if middle is None:
-        raise CutRefused(f"more lies before {down.node} than an activation and a product")
-    for node in middle:
-        name = op_name(node.target)
-        if name in KEEPS_ROWS:
-            width = {size_expr(n.meta["val"].shape[-1]) for n in (node, node.all_input_nodes[0])}
-            if len(width) > 1:
-                raise CutRefused(f"{node}, before {down.node}, regroups columns")
-        elif name in DIVIDING:
-            dim, ndim = arguments(node)["dim"], node.all_input_nodes[0].meta["val"].dim()
-            if dim % ndim != ndim - 1:
-                raise CutRefused(f"{node}, before {down.node}, divides rows")
-        elif name in VIEWS and name != "aten::_to_copy":
-            raise CutRefused(f"{node}, before {down.node}, moves columns")

@@ -11,7 +11,9 @@ Refuses: what ``module_cuts`` cannot cut.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,16 +25,32 @@ from cpcompile.axes import Axis
 from cpcompile.passes.collectives import arguments, op_name
 from cpcompile.passes.graph_emitter import GraphEmitter
 from cpcompile.passes.materialise import fake_mode_of
-from cpcompile.passes.module_cuts import DIVIDING, KEEPS_ROWS, SharedModule, cuts_of
-from cpcompile.passes.module_roles import between
+from cpcompile.passes.module_columns import InnerColumns
+from cpcompile.passes.module_cuts import SharedModule, cuts_of
+from cpcompile.passes.module_inner import InnerValues, masked_lookup, reshaped_from
 from cpcompile.passes.products import PRODUCTS, Product, product_of
 from cpcompile.passes.row_groups import EXCHANGE, RowCounts, RowGroup
 from cpcompile.passes.shard_ops import is_row_major
-from cpcompile.passes.token_layout import ONE, Expr, Shape, product, shape_of, size_expr
-from cpcompile.passes.verify_arguments import LAST
-from cpcompile.passes.weight_cuts import Cut
+from cpcompile.passes.token_layout import Expr, Shape, product, shape_of, size_expr
+from cpcompile.passes.weight_cuts import Cut, CutRefused
 
 aten = torch.ops.aten
+
+
+def made_for(graph: SharedGraph, name: str) -> list[SharedModule]:
+    """The modules that node ``name`` was made for; of another node, the nearest ones before it."""
+    nodes = {node.name: node for node in graph.gm.graph.nodes}
+    pending, seen, found = [nodes[name]] if name in nodes else [], set[fx.Node](), dict[SharedModule, None]()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name in graph.made_for:
+            found[graph.made_for[node.name]] = None
+        else:
+            pending += node.all_input_nodes
+    return list(found)
 
 
 @dataclass(frozen=True)
@@ -44,12 +62,24 @@ class SharedGraph:
         cuts: graph input → how it is cut.
         axes: graph input → the ranks that share it.
         most_rows: numbers of rows that must not be more than ``group_tokens``, where that is a number.
+        made_for: node of the graph → the module that it was made for, or whose weight it is.
     """
 
     gm: fx.GraphModule
     cuts: Mapping[str, Cut]
     axes: Mapping[str, Axis]
     most_rows: tuple[Expr, ...] = ()
+    made_for: Mapping[str, SharedModule] = field(default_factory=dict)
+
+
+class ModulesRefused(Exception):
+    """Some modules cannot be shared in a graph; the message is the reason, in one line."""
+
+    def __init__(self, modules: Sequence[SharedModule], error: Exception) -> None:
+        """``error``: what was raised."""
+        told = str(error) if isinstance(error, CutRefused) else f"{type(error).__name__}: {error}"
+        super().__init__(told.partition("\n")[0])
+        self.modules = tuple(modules)
 
 
 def share_modules(
@@ -70,7 +100,7 @@ def share_modules(
         hints: sizes of the traced example.
 
     Raises:
-        CutRefused: a weight cannot be cut, or a static graph has more rows than ``group_tokens``.
+        ModulesRefused: one of them cannot be, or a static graph has more rows than ``group_tokens``.
     """
     return _Builder(gm, modules, group_tokens, same, hints or {}).run()
 
@@ -86,18 +116,12 @@ def idle_graph(
     It takes part in every collective of the modules whose ranks may have different numbers of rows, with zeros, and
     multiplies the others' rows by its part of the weights. Its inputs are these parts, by the names that they have in
     ``gm``; what it returns has no meaning.
+
+    Raises:
+        ModulesRefused: as :func:`share_modules`.
     """
     unequal = [module for module in modules if module.unequal]
     return _Builder(gm, unequal, group_tokens, (), hints or {}, idle=True).run_idle()
-
-
-@dataclass
-class _Inner:
-    """What lies between the products of one MLP, as columns of all ranks' rows."""
-
-    module: SharedModule
-    group: RowGroup
-    env: dict[fx.Node, Any] = field(default_factory=dict)
 
 
 class _Builder:
@@ -120,47 +144,57 @@ class _Builder:
         self.cuts: dict[fx.Node, Cut] = {}
         self.axes: dict[str, Axis] = {}
         self.module_of: dict[fx.Node, SharedModule] = {}
-        self.between: dict[fx.Node, SharedModule] = {}
-        self.inner: dict[SharedModule, _Inner] = {}
-        nodes = {n.name: n for n in gm.graph.nodes}
+        self.mine: dict[SharedModule, tuple[fx.Node, ...]] = {}
+        self.columns: dict[SharedModule, InnerColumns] = {}
+        self.inner: dict[SharedModule, InnerValues] = {}
+        self.made_for: dict[str, SharedModule] = {}
         for module in modules:
-            found, mine = cuts_of(gm, module), [nodes[name] for name in module.nodes]
-            self.cuts.update(found.nodes)
-            self.axes.update(dict.fromkeys(found.inputs(), module.axis))
-            self.module_of.update(dict.fromkeys(mine, module))
-            if module.role == "mlp":
-                down = product_of(mine[-1])
-                assert down is not None
-                self.between.update(dict.fromkeys(between(down.rows, mine) or (), module))
-        wanted = [(m.role, m.axis, _rows_of(node)) for node, m in self.module_of.items() if m.unequal]
-        self.rows = RowCounts(self.emitter, group_tokens, wanted, idle)
+            with self._telling(module):
+                self._read(module)
+        wanted = [(m.role, m.axis, _rows_of(node)) for m, mine in self.mine.items() for node in mine if m.unequal]
+        try:
+            self.rows = RowCounts(self.emitter, group_tokens, wanted, idle)
+        except CutRefused as refused:
+            raise ModulesRefused([m for m in modules if m.unequal], refused) from refused
+
+    def _read(self, module: SharedModule) -> None:
+        found = cuts_of(self.gm, module)
+        self.cuts.update(found.nodes)
+        self.axes.update(dict.fromkeys(found.inputs(), module.axis))
+        self.made_for.update(dict.fromkeys(found.inputs(), module))
+        self.mine[module], self.columns[module] = found.mine, found.inner
+        self.module_of.update(dict.fromkeys((*found.mine, *found.inner.middle), module))
+
+    @contextlib.contextmanager
+    def _telling(self, module: SharedModule) -> Iterator[None]:
+        """Note what is made for ``module``; raise :class:`ModulesRefused` where it cannot be."""
+        before = len(self.new.nodes)
+        try:
+            yield
+        except Exception as error:
+            raise ModulesRefused([module], error) from error
+        made = itertools.islice(reversed(self.new.nodes), len(self.new.nodes) - before)
+        self.made_for.update({node.name: module for node in made})
 
     def run(self) -> SharedGraph:
         for node in self.gm.graph.nodes:
             self.emitter.meta = {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
-            if node in self.module_of:
-                self._module(node, self.module_of[node])
-            elif node in self.between:
-                self._between(node, self.inner[self.between[node]])
-            else:
+            if not self._shared(node):
                 self._copy(node)
         self.new.eliminate_dead_code()
         self.new.lint()
         shared = fx.GraphModule(self.gm, self.new)
         shared.meta.update(self.gm.meta)
         inputs = {node.name: cut for node, cut in self.cuts.items() if node.op == "placeholder"}
-        return SharedGraph(shared, inputs, self.axes, self.rows.limited)
+        return SharedGraph(shared, inputs, self.axes, self.rows.limited, self.made_for)
 
     def run_idle(self) -> fx.GraphModule:
         results = []
         for node in self.gm.graph.nodes:
             if node.op == "placeholder" or node in self.cuts:
                 self._copy(node)
-            elif node in self.between:
-                self._between(node, self.inner[self.between[node]])
-            elif node in self.module_of:
-                self._module(node, self.module_of[node])
-                results += [self.env[node]] if node in self.env else []
+            elif self._shared(node) and node in self.env:
+                results.append(self.env[node])
         self.new.output(tuple(results))
         for node in self.new.find_nodes(op="placeholder"):
             if not node.users:
@@ -168,8 +202,19 @@ class _Builder:
         self.new.lint()
         return fx.GraphModule(self.gm, self.new)
 
+    def _shared(self, node: fx.Node) -> bool:
+        """Build ``node`` of a module that is shared; whether it is of one."""
+        module = self.module_of.get(node)
+        if module is not None:
+            with self._telling(module):
+                if node in self.mine[module]:
+                    self._module(node, module)
+                else:
+                    self.inner[module].copy(node, self.new)
+        return module is not None
+
     def _copy(self, node: fx.Node) -> None:
-        copy = self.new.node_copy(node, self.env.__getitem__)
+        copy = self.new.node_copy(node, self._value)
         copy.meta = dict(node.meta)
         cut, value = self.cuts.get(node), node.meta.get("val")
         if cut is not None and isinstance(value, torch.Tensor):
@@ -178,8 +223,14 @@ class _Builder:
             self.emitter.bind(copy)
         self.env[node] = copy
 
-    def _group(self, module: SharedModule, own: fx.Node, rows: Expr) -> RowGroup:
-        same = not module.unequal and own.name in self.same
+    def _value(self, node: fx.Node) -> fx.Node:
+        """The copy of ``node``; of an idle rank, made when it is asked for."""
+        if self.idle and node not in self.env:
+            self._copy(node)
+        return self.env[node]
+
+    def _group(self, module: SharedModule, own: Collection[fx.Node], rows: Expr) -> RowGroup:
+        same = not module.unequal and all(node.name in self.same for node in own)
         padded = self.rows.padded(module.role, rows) if module.unequal else rows
         return RowGroup(self.emitter, module.axis, rows, padded, same, self.idle)
 
@@ -189,7 +240,8 @@ class _Builder:
             return
         p = product_of(node)
         assert p is not None
-        group = self._group(module, p.rows, _rows_of(node))
+        read = [q.rows for n in self.mine[module][: -1 if module.role == "mlp" else None] if (q := product_of(n))]
+        group = self._group(module, read, _rows_of(node))
         if module.role == "lm_head":
             width = size_expr(node.meta["val"].shape[1])
             self.env[node] = group.own_rows(self._on_columns(p, group), node.meta["val"], width)
@@ -201,7 +253,7 @@ class _Builder:
             inner = self.inner[module]
             self.env[node] = self._summed(p, inner.env[p.rows], inner.group)
         else:
-            inner = self.inner.setdefault(module, _Inner(module, group))
+            inner = self.inner.setdefault(module, InnerValues(self.columns[module], group))
             inner.env[node] = self._on_columns(p, inner.group)
 
     def _on_columns(self, p: Product, group: RowGroup) -> fx.Node:
@@ -221,7 +273,7 @@ class _Builder:
     def _product(self, p: Product, rows: fx.Node, group: RowGroup, width: Expr, bias: fx.Node | None) -> fx.Node:
         target, like, shape = p.node.target, p.node.meta["val"], (group.every, width)
         if op_name(target) == "aten::addmm" and bias is None:
-            return self.emitter.call(aten.mm.default, (rows, self.env[p.weight]), like, shape)
+            return self.emitter.call(aten.mm.default, (rows, self._value(p.weight)), like, shape)
         assert isinstance(target, torch._ops.OpOverload)
         form, given = PRODUCTS[op_name(target)], arguments(p.node)
         new: dict[str, Any] = {
@@ -229,14 +281,14 @@ class _Builder:
             **{n: self._gathered(given[n], group) for n in form.per_row if given[n] in p.per_row},
         }
         new |= {form.bias: bias} if form.bias else {}
-        new = {k: new.get(k, self.env.get(v, v) if isinstance(v, fx.Node) else v) for k, v in given.items()}
+        new = {k: new[k] if k in new else self._value(v) if isinstance(v, fx.Node) else v for k, v in given.items()}
         named = {a.name for a in target._schema.arguments if a.kwarg_only}
         positional = tuple(v for k, v in new.items() if k not in named)
         return self.emitter.call(target, positional, like, shape, None, **{k: new[k] for k in new if k in named})
 
     def _gathered(self, own: fx.Node, group: RowGroup) -> fx.Node:
         """All ranks' rows of what this rank has rows of; gate and up read the same ones."""
-        key = (_reshaped(own), group.axis.group_name)
+        key = (reshaped_from(own), group.axis.group_name)
         if key not in self.gathered:
             value = own.meta["val"]
             self.gathered[key] = group.gather(self.env.get(own), value, shape_of(value)[1:])
@@ -247,16 +299,9 @@ class _Builder:
         assert isinstance(table, fx.Node) and isinstance(ids, fx.Node)
         value, like = ids.meta["val"], node.meta["val"]
         rows, width = _rows_of(node), shape_of(like)[-1]
-        group = self._group(module, ids, rows)
+        group = self._group(module, [ids], rows)
         every = group.gather(self._flat(ids), value, ())
-        own, shape = int(shape_of(table.meta["val"])[0]) // group.axis.size, (group.every,)
-        local = self.emitter.call(aten.sub.Tensor, (every, own * group.axis.rank), value, shape)
-        inside = self.emitter.call(aten.clamp.default, (local, 0, own - 1), value, shape)
-        lookup = (self.env[table], inside, *node.args[2:])
-        found = self.emitter.call(aten.embedding.default, lookup, like, (*shape, width), None, **node.kwargs)
-        elsewhere = self.emitter.call(aten.ne.Tensor, (local, inside), value, shape, torch.bool)
-        column = self.emitter.call(aten.unsqueeze.default, (elsewhere, 1), value, (*shape, ONE), torch.bool)
-        found = self.emitter.call(aten.masked_fill.Scalar, (found, column, 0), like, (*shape, width))
+        found = masked_lookup(node, self.env[table], every, group)
         summed = group.sum(found, like, width)
         return summed if self.idle else self.emitter.reshape(summed, like, (rows, width), shape_of(like))
 
@@ -268,50 +313,11 @@ class _Builder:
             own = self.emitter.contiguous(own, value, shape_of(value))
         return self.emitter.reshape(own, value, shape_of(value), (product(shape_of(value)),))
 
-    def _between(self, node: fx.Node, inner: _Inner) -> None:
-        """Columns of all rows, ``[P*N, I/P]``: views that shape the rows are dropped, numbers of columns divided."""
-        source, name, value = node.all_input_nodes[0], op_name(node.target), node.meta["val"]
-        if name in KEEPS_ROWS:
-            inner.env[node] = inner.env[source]
-            return
-        copy = self.new.node_copy(node, inner.env.__getitem__)
-        copy.meta = {**node.meta, "val": self._columns(value, inner)}
-        if name in DIVIDING:
-            given = {**arguments(node), "self": inner.env[source], "dim": 1}
-            for key in DIVIDING[name]:
-                given[key] = _divided(given[key], inner.group.axis.size)
-            copy.args, copy.kwargs = tuple(given.values()), {}
-        inner.env[node] = copy
-
-    def _columns(self, value: Any, inner: _Inner) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return type(value)(self._columns(v, inner) for v in value)
-        shape = (inner.group.every, size_expr(value.shape[-1]) / inner.group.axis.size)
-        return self.emitter.fake(shape, value)
-
 
 def _rows_of(node: fx.Node) -> Expr:
     """Rows of a product or lookup."""
     return product(shape_of(node.meta["val"])[:-1])
 
 
-def _reshaped(own: fx.Node) -> fx.Node:
-    """What ``own``, ``[R, K]``, is a mere reshaping of: equal reshapings of one value have equal rows."""
-    while op_name(own.target) in KEEPS_ROWS and shape_of(own.all_input_nodes[0].meta["val"])[-1:] == _width(own):
-        own = own.all_input_nodes[0]
-    return own
-
-
-def _width(node: fx.Node) -> Shape:
-    return shape_of(node.meta["val"])[-1:]
-
-
 def _part(shape: Shape, cut: Cut) -> Shape:
     return tuple(size / cut.parts if dim == cut.dim else size for dim, size in enumerate(shape))
-
-
-def _divided(columns: Any, parts: int) -> Any:
-    """Numbers of columns, or where columns begin or end, as they are among one rank's columns of each half."""
-    if isinstance(columns, list | tuple):
-        return [_divided(c, parts) for c in columns]
-    return columns // parts if isinstance(columns, int) and columns != LAST else columns

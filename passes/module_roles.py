@@ -1,7 +1,8 @@
 """Which products of a graph are the o_proj, MLP and lm_head of the model, and which lookup is its embedding.
 
-Found by dataflow: what reads token ids, what reads the result of attention, what gates and comes down again, and what
-leads to the graph's outputs with nothing but views on the way. Names decide only between several candidates.
+Found by dataflow: what reads token ids, what reads the result of attention, what goes up to an activation and comes
+down again, and what leads to the graph's outputs with nothing but views on the way. Names decide only between several
+candidates.
 Refuses: experts and shared experts as MLPs, and what has several candidates that no name tells apart.
 """
 
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.fx as fx
+from torch._ops import OpOverload
 
-from cpcompile.errors import OptionError, nearest
+from cpcompile.errors import OptionError, nearest, unexpected
 from cpcompile.passes.base import Refusal
 from cpcompile.passes.collectives import is_collective, is_wait, op_name
 from cpcompile.passes.describe import module_of
@@ -29,8 +31,13 @@ VIEWS = frozenset(
 ) | frozenset(f"aten::{n}" for n in ("clone", "contiguous", "alias", "detach", "_to_copy", "expand", "slice"))
 MOVES = VIEWS | {"aten::constant_pad_nd", "aten::cat", "aten::split_with_sizes", "aten::split"}
 SOFTMAX = frozenset({"aten::_softmax", "aten::_safe_softmax", "aten::softmax"})
-ACTIVATIONS = frozenset({"aten::silu", "aten::gelu", "aten::sigmoid", "npu::npu_swiglu"})
-ACTIVATIONS |= {"_C::silu_and_mul", "vllm::silu_and_mul"}
+SPLITS = frozenset({"aten::split", "aten::split_with_sizes"})
+# Ops on the two halves of a dim, with the argument that names it.
+HALVING: Mapping[str, str] = {"npu::npu_swiglu": "dim"}
+ACTIVATIONS = frozenset(HALVING) | frozenset(
+    f"aten::{n}"
+    for n in ("silu", "gelu", "sigmoid", "relu", "tanh", "erf", "mish", "elu", "leaky_relu", "hardtanh", "hardswish")
+)
 _QUANTISING = frozenset(
     {"getitem", "aten::amax", "aten::round", "aten::clamp", "aten::div", "aten::mul", "npu::npu_dynamic_quant"}
 )
@@ -76,7 +83,11 @@ def find_modules(
     for role in ROLES:
         if role not in wanted:
             continue
-        every = list(finders[role]())
+        try:
+            every = list(finders[role]())
+        except Exception as error:  # a bug of ours must not take the other roles
+            refused.append(Refusal(role, unexpected(error, f"finding the {role}")))
+            continue
         refused += [c for c in every if isinstance(c, Refusal)]
         candidates = [c for c in every if isinstance(c, Module)]
         patterns = given.get(role)
@@ -118,7 +129,7 @@ class _Graph:
         for down, product in self.products.items():
             if product in self.attention:
                 continue
-            first = self._gated(product)
+            first = self._activated(product)
             if not first:
                 continue
             reader = self._other_reader(first)
@@ -148,7 +159,7 @@ class _Graph:
         return [m for m in known if any(fnmatch.fnmatchcase(m.name, p) for p in patterns)]
 
     def _mlp(self, down: Product) -> Module | None:
-        first = self._gated(down)
+        first = self._activated(down)
         return (
             Module("mlp", _name(down.node).rpartition(".")[0] or down.node.name, (*first, down.node)) if first else None
         )
@@ -169,7 +180,7 @@ class _Graph:
                 fresh.add(node)
         return found
 
-    def _gated(self, down: Product) -> tuple[fx.Node, ...]:
+    def _activated(self, down: Product) -> tuple[fx.Node, ...]:
         """The products that an activation and nothing but elementwise ops lie between and ``down``; none if not so."""
         middle = between(down.rows, self.products)
         if middle is None or not any(op_name(n.target) in ACTIVATIONS for n in middle):
@@ -178,7 +189,7 @@ class _Graph:
         ordered = tuple(n for n in self.products if n in first)
         roots = {source_of(self.products[n].rows) for n in ordered}
         closed = all(user in middle or user is down.node for n in (*ordered, *middle) for user in n.users)
-        return ordered if len(roots) == 1 and closed and len(ordered) in (1, 2) else ()
+        return ordered if len(roots) == 1 and closed else ()
 
     def _other_reader(self, first: Sequence[fx.Node]) -> str | None:
         """What reads the input of the products ``first`` beside them: a router, experts, or another product."""
@@ -210,13 +221,21 @@ def between(last: fx.Node, products: Collection[fx.Node]) -> list[fx.Node] | Non
         node = pending.pop()
         if node in found or node in products or not isinstance(node.meta.get("val"), torch.Tensor | list | tuple):
             continue
-        name = op_name(node.target)
-        halves = name in ("aten::split", "aten::split_with_sizes", "getitem", "aten::slice")
-        if node.op != "call_function" or not (name in VIEWS | ACTIVATIONS or name == "aten::mul" or halves):
+        known = op_name(node.target) in VIEWS | SPLITS | HALVING.keys() | {"getitem"} or is_elementwise(node)
+        if node.op != "call_function" or not known:
             return None
         found.append(node)
         pending += node.all_input_nodes
     return found
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether each element of the result is a function of the same element of the operands, after broadcasting."""
+    target = node.target
+    if not isinstance(target, OpOverload) or target.namespace not in ("aten", "prims") or target._schema.is_mutable:
+        return False
+    drawn = torch.Tag.nondeterministic_seeded in target.tags
+    return op_name(target) == "aten::_to_copy" or (torch.Tag.pointwise in target.tags and not drawn)
 
 
 def is_weight(node: object) -> bool:

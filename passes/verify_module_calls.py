@@ -81,7 +81,7 @@ class Calls(Numbering):
 
     Args:
         by_rows: signature of a product or elementwise op, all operands as matrices → the result as a matrix.
-        pieces: matrix, first and last of its columns → the value that is these columns.
+        pieces: matrix, first and last of its columns and the step between them → the value that is these columns.
         lookups: table and ids → the rows as a matrix.
     """
 
@@ -89,7 +89,7 @@ class Calls(Numbering):
         """As for a numbering."""
         super().__init__(gm, axis)
         self.by_rows: dict[object, View] = {}
-        self.pieces: dict[tuple[View, Size, Size], View] = {}
+        self.pieces: dict[tuple[View, Size, Size, int], View] = {}
         self.lookups: dict[tuple[View, View], View] = {}
         self._elements: dict[int, Size] = {}
 
@@ -175,8 +175,8 @@ class Calls(Numbering):
         whole = flat(source)
         if ranges is None or whole is None:
             return
-        for (first, last), view in zip(ranges, views, strict=True):
-            self.pieces.setdefault((whole, first, last), view)
+        for (first, last, step), view in zip(ranges, views, strict=True):
+            self.pieces.setdefault((whole, first, last, step), view)
 
 
 def _is_function(node: fx.Node) -> bool:
@@ -189,20 +189,27 @@ def _is_function(node: fx.Node) -> bool:
     return is_elementwise(node) and not any(type(a) is int or isinstance(a, list | tuple) for a in constants)
 
 
-def pieces_of(arguments: Arguments, node: fx.Node, sizes: Shape) -> list[tuple[Size, Size]] | None:
-    """Columns of each result of a slice or split of the last dim; None for another dim."""
+def pieces_of(arguments: Arguments, node: fx.Node, sizes: Shape) -> list[tuple[Size, Size, int]] | None:
+    """First and last column and step of each result of a slice or split of the last dim; None for another dim.
+
+    With a step, ``last`` is where all columns end, or there is no answer.
+    """
     args, name = arguments.arguments(node), op_name(node.target)
-    if args["dim"] % len(sizes) != len(sizes) - 1 or args.get("step", 1) != 1:
+    if args["dim"] % len(sizes) != len(sizes) - 1:
         return None
     width = sizes[-1]
     if name == "aten::slice":
-        end = width if args["end"] is None or args["end"] == LAST else args["end"]
-        return [(args["start"] or 0, end)]
+        first, last, step = args["start"] or 0, args["end"], args["step"]
+        last = width if last is None or last == LAST else last
+        if isinstance(width, int) and isinstance(first, int) and isinstance(last, int):
+            first, last, _ = slice(first, last).indices(width)
+        whole_steps = isinstance(first, int) and isinstance(width, int) and first < step and width % step == 0
+        return [(first, last, step)] if step == 1 or (whole_steps and last == width) else None
     widths = args.get("split_sizes")
     if widths is None:
         if not isinstance(width, int) or not isinstance(args["split_size"], int):
             return None
         step = args["split_size"]
-        return [(first, min(first + step, width)) for first in range(0, width, step)]
+        return [(first, min(first + step, width), 1) for first in range(0, width, step)]
     firsts = [sum(widths[:k]) for k in range(len(widths))]
-    return [(first, first + width) for first, width in zip(firsts, widths, strict=True)]
+    return [(first, first + width, 1) for first, width in zip(firsts, widths, strict=True)]

@@ -195,19 +195,28 @@ class Rules:
         if form.cut is None or form.cut.dim != len(form.sizes) - 1:
             raise Refused(f"expected pieces of a part of the columns; found {told_op(node)} of all of them", 1)
         assert form.axis is not None
-        made = []
-        for first, last in ranges:
-            low, high = divide(first, form.cut.inner), divide(last, form.cut.inner)
-            wide = times(form.axis.size, form.cut.inner)
-            piece = None
-            if low is not None and high is not None:
-                piece = self.original.pieces.get((whole, times(low, wide), times(high, wide)))
-            if piece is None:
-                expected = f"segments of {form.cut.inner} columns that the original has"
-                raise Refused(f"expected {expected}; found columns {first}:{last}", 3)
-            cut = Cut(len(shape(piece[1])) - 1, high - low, form.cut.inner)  # type: ignore[operator]
-            made.append(replace(form, view=piece, cut=cut))
-        return made
+        return [self._piece(form, whole, *one) for one in ranges]
+
+    def _piece(self, form: Form, whole: View, first: Size, last: Size, step: int) -> Form:
+        """Columns ``first`` to ``last`` of this rank's part, or every ``step``-th from ``first`` on."""
+        assert form.cut is not None and form.axis is not None
+        inner = form.cut.inner
+        low, high = divide(first, inner), divide(last, inner)
+        wide, piece, cut = times(form.axis.size, inner), None, None
+        if step > 1:
+            # Column s + k*j of the part of rank r is column s + k*(j + r*inner/k) of all, where k divides inner.
+            part = divide(inner, step)
+            if part is not None:
+                piece = self.original.pieces.get((whole, first, times(form.cut.outer, wide), step))
+                cut = (form.cut.outer, part)
+        elif low is not None and high is not None:
+            piece = self.original.pieces.get((whole, times(low, wide), times(high, wide), 1))
+            cut = (high - low, inner)
+        if piece is None or cut is None:
+            every = f", every {step}th," if step > 1 else ""
+            expected = f"segments of {inner} columns that the original has"
+            raise Refused(f"expected {expected}; found columns {first}:{last}{every}", 3)
+        return replace(form, view=piece, cut=Cut(len(shape(piece[1])) - 1, *cut))
 
     def _halves(self, node: fx.Node, at: Mapping[fx.Node, Form]) -> Form:
         (form,) = at.values()

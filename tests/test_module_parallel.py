@@ -12,7 +12,7 @@ from small_modules import VOCAB, small, trace_of_small
 from cpcompile.capture import capture
 from cpcompile.passes.lockstep import RankProgram, run_lockstep
 from cpcompile.passes.module_cuts import cuts_of
-from cpcompile.passes.module_parallel import share_modules
+from cpcompile.passes.module_parallel import ModulesRefused, share_modules
 from cpcompile.passes.weight_cuts import CutRefused, cut_tensor
 
 TOLERANCE = 2e-5
@@ -74,7 +74,7 @@ def test_more_rows_than_the_group_takes() -> None:
 
 def test_a_vocabulary_that_does_not_divide() -> None:
     trace = trace_of("v3")
-    with pytest.raises(CutRefused, match="has 96 elements, which 5 does not divide"):
+    with pytest.raises(ModulesRefused, match="has 96 elements, which 5 does not divide"):
         share_modules(trace.gm, shared(trace, group_of(5, 0), roles=["embedding"]))
 
 

@@ -16,13 +16,14 @@ from simulate import in_threads, none_failed, real_inputs
 from test_context_parallel import prefill
 from test_context_parallel import whole as whole_cp
 
+from cpcompile import share_weights
 from cpcompile.axes import Axis
 from cpcompile.capture import Trace
 from cpcompile.compiled import Compiled
-from cpcompile.errors import AxisError, GroupError, OptionError
+from cpcompile.errors import GroupError, OptionError
 from cpcompile.exchange import LocalExchange, OfflineExchange
 from cpcompile.mesh import Sizes, rank_groups
-from cpcompile.module_tp import module_axes
+from cpcompile.module_groups import module_axes
 from cpcompile.options import Options
 from cpcompile.passes.collective_sequence import check_collective_order
 from cpcompile.passes.collectives import is_collective, op_name
@@ -210,6 +211,22 @@ def test_flashcomm2_through_the_pipeline(otp: int, strategy: str, layered: bool)
             close(found, logits(case("v3", 4).whole, tokens), (tokens, rank))
 
 
+def test_flashcomm2_where_a_rank_has_more_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uneven heads: the ranks find out when they tell each other how they fared, and o_proj stays as it is on all."""
+    told, real = iter(range(4)), share_weights.local_tensor
+
+    def uneven(value: Any) -> torch.Tensor:
+        return real(value)[: 1 + next(told, 0)]
+
+    monkeypatch.setattr(share_weights, "local_tensor", uneven)
+    world = flash_world.__wrapped__(1, "tp", False)
+    for compiled in world.compiled:
+        assert compiled.sharing is not None and not compiled.sharing.recipes
+        assert {"hold weights of other sizes" in row.reason for row in compiled.sharing.rows} == {True}
+    for rank, found in enumerate(world.run([5] * 4)):
+        close(found, logits(case("v3", 4).whole, 5), rank)
+
+
 def test_layers_by_rank_with_tokens_of_their_own() -> None:
     """Three replicas, whole o_proj of layer i on rank i % 3; one of them idle."""
     trace, size = trace_of("v3", 5), 3
@@ -334,8 +351,10 @@ def test_ranks_that_would_share_other_modules() -> None:
             parsed = Options.parse(options[rank])
             return compile_graph(gm, trace.inputs, parsed, lambda _: TurnTaking(ring[rank], turn), [], roles)
 
-    results = in_threads(work, 2)
-    assert all(isinstance(r, AxisError) and "would share other modules" in str(r) for r in results), results
+    every = [row for compiled in none_failed(in_threads(work, 2)) for row in compiled.sharing.rows]
+    assert every and {row.decision for row in every} == {"keep"}
+    reasons = {row.reason.partition(":")[0] for row in every if row.module}
+    assert reasons == {"rank 1 of dp [0, 1] would share other modules than rank 0"}
 
 
 @pytest.mark.parametrize(
