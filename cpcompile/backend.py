@@ -29,7 +29,7 @@ from cpcompile.module_runtime import examples_of, keep_parts, row_limits
 from cpcompile.module_tp import Sharing
 from cpcompile.options import Options, parse_mode
 from cpcompile.pipeline import compile_graph
-from cpcompile.report import REWRITTEN
+from cpcompile.report import REWRITTEN, Report
 from cpcompile.run_code import RunCode
 from cpcompile.saved_code import Grounds, SavedCode, compiled_once, grounds_of, is_wanted
 from cpcompile.weight_guard import PartGuard, WeightGuard
@@ -194,20 +194,22 @@ def tell(compiled: Compiled, options: Options) -> tuple[Path | None, list[str]]:
         The folder of the files, and the log's lines on all-reduces.
     """
     lines: list[str] = []
-    reports = {v.first: compiled.report(v.typical) for v in compiled.variants}
-    for variant in compiled.variants:
+    reports = compiled.runner.attempt("the report", _reports, compiled).result or {}
+    for variant in compiled.variants if reports else ():
         counts = Counter(c.decision for c in reports[variant.first].collectives)
-        span = f"T >= {variant.first}" if variant.last is None else f"T in [{variant.first}, {variant.last}]"
         nothing = "no collectives" if compiled.sharing else "no collectives: unchanged"
         what = ", ".join(f"{n} {decision}" for decision, n in sorted(counts.items())) or nothing
-        log.info("cpcompile: %s: %s", span, what)
+        log.info("cpcompile: %s: %s", variant.span, what)
         reduced = [c for c in reports[variant.first].collectives if c.kind == "all_reduce"]
         done = sum(c.decision in REWRITTEN for c in reduced)
         if reduced:
-            lines.append(f"{span}{_ranks(compiled)}: {done} of {len(reduced)} all-reduces rewritten")
+            lines.append(f"{variant.span}{_ranks(compiled)}: {done} of {len(reduced)} all-reduces rewritten")
             log.info("cpcompile: %s", lines[-1])
     for axis, reason in compiled.refused.items():
         log.warning("cpcompile: axis %s is left alone: %s", axis, reason)
+    for variant in compiled.variants:
+        for axis in variant.refused.keys() - compiled.refused.keys():
+            log.warning("cpcompile: axis %s is left alone at %s: %s", axis, variant.span, variant.refused[axis])
     _tell_modules(compiled.sharing)
     payload = {str(first): report.to_dict() for first, report in reports.items()}
     trace_structured(
@@ -215,7 +217,13 @@ def tell(compiled: Compiled, options: Options) -> tuple[Path | None, list[str]]:
         metadata_fn=lambda: {"name": "cpcompile_report", "encoding": "json"},
         payload_fn=lambda: json.dumps(payload),
     )
-    return _dump(compiled, payload, Path(options.dump_dir)) if options.dump_dir is not None else None, lines
+    if options.dump_dir is None:
+        return None, lines
+    return compiled.runner.attempt("dump_dir", _dump, compiled, payload, Path(options.dump_dir)).result, lines
+
+
+def _reports(compiled: Compiled) -> dict[int, Report]:
+    return {v.first: compiled.report(v.typical) for v in compiled.variants}
 
 
 def _tell_modules(sharing: Sharing | None) -> None:
@@ -238,8 +246,15 @@ def _dump(compiled: Compiled, payload: dict[str, Any], directory: Path) -> Path:
     number = len(list(directory.glob(f"rank_{rank}/graph_*"))) if directory.exists() else 0
     folder = directory / f"rank_{rank}" / f"graph_{number}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(payload, indent=1), encoding="utf-8")
-    compiled.plan.save(folder / "plan.json")
-    for name, graph in [("original", compiled.original)] + [(f"from_{v.first}", v.gm) for v in compiled.variants]:
-        (folder / f"{name}.py").write_text(graph.print_readable(print_output=False), encoding="utf-8")
+    graphs = [("original", compiled.original)] + [(f"from_{v.first}", v.gm) for v in compiled.variants]
+    files: dict[str, Callable[[], str]] = {
+        "report.json": lambda: json.dumps(payload, indent=1),
+        "plan.json": lambda: compiled.plan.to_json() + "\n",
+        **{f"{name}.py": functools.partial(gm.print_readable, print_output=False) for name, gm in graphs},
+    }
+    for name, text in files.items():  # one that cannot be made must not keep the others from being written
+        made = compiled.runner.attempt(f"{name} of dump_dir", text)
+        if made.result is not None:
+            (folder / name).write_text(made.result, encoding="utf-8")
+    compiled.runner.save(folder / "failures.txt")
     return folder

@@ -14,13 +14,15 @@ import torch.fx as fx
 
 from cpcompile.axes import Axis
 from cpcompile.module_tp import Sharing
-from cpcompile.passes.describe import describe
+from cpcompile.passes.all_reduce_sites import Site
+from cpcompile.passes.describe import describe, outline
 from cpcompile.passes.indexer_costs import is_indexer, least_sharded
 from cpcompile.passes.placement_problem import PlacementGraph
 from cpcompile.passes.token_layout import Expr, counted, size_expr
 from cpcompile.plan import AxisPlan, Interval, Plan
 from cpcompile.replication import InputFact
 from cpcompile.report import Collective, PassRun, Report
+from cpcompile.runner import Runner
 
 
 @dataclass
@@ -32,6 +34,12 @@ class Variant:
     gm: fx.GraphModule
     steps: list[Step] = field(default_factory=list)
     same: frozenset[str] = frozenset()  # nodes that are known to be the same on all ranks of the last step's axis
+    refused: dict[str, str] = field(default_factory=dict)  # axis name → why it is not rewritten over that axis
+
+    @property
+    def span(self) -> str:
+        """Its token counts, in words."""
+        return f"T >= {self.first}" if self.last is None else f"T in [{self.first}, {self.last}]"
 
     @property
     def typical(self) -> int:
@@ -89,11 +97,11 @@ class Compiled:
         variants: by ascending token count, without gaps.
         plan: the plan of every axis.
         tokens: the token count as an expression, None where nothing was placed.
-        passes: what ran, in order.
+        runner: what ran, in order, and what failed.
         facts: per axis name, what was established of every graph input.
         proofs: one entry per proof: axis, interval, whether it held, and the failures.
         refused: axis name → why it was left alone.
-        unplaced: rows for the all-reduces of axes that were left alone.
+        sites: every all-reduce of the canonical graph.
         axes: the mesh axes, in the order in which they are placed.
         sharing: the modules that ranks share, None where none is asked for.
     """
@@ -102,13 +110,18 @@ class Compiled:
     variants: list[Variant]
     plan: Plan
     tokens: Expr | None = None
-    passes: list[PassRun] = field(default_factory=list)
+    runner: Runner = field(default_factory=Runner)
     facts: dict[str, list[InputFact]] = field(default_factory=dict)
     proofs: list[dict[str, Any]] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
-    unplaced: list[Collective] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
     axes: list[Axis] = field(default_factory=list)
     sharing: Sharing | None = None
+
+    @property
+    def passes(self) -> list[PassRun]:
+        """What ran, in order."""
+        return self.runner.runs
 
     @property
     def rewritten(self) -> bool:
@@ -133,22 +146,43 @@ class Compiled:
         """The variant for ``tokens`` tokens."""
         return next(v for v in self.variants if v.first <= tokens and (v.last is None or tokens <= v.last))
 
+    @property
+    def left_alone(self) -> dict[str, str]:
+        """Axis name → why nothing, or not every token count, is rewritten over it."""
+        return {k: v for of in (*(v.refused for v in self.variants), self.refused) for k, v in of.items()}
+
+    def rows(self, variant: Variant, tokens: int) -> list[Collective]:
+        """Every collective of the variant that was placed, and every all-reduce that was not."""
+        rows = []
+        for step in variant.steps:
+            name = f"the report of axis {step.graph.known.axis.name}"
+            made = self.runner.attempt(name, step.describe, tokens, self.tokens)
+            rows += made.result if made.result is not None else outline(step.graph, step.interval, made.reason)
+        placed = {step.graph.known.axis.group_name for step in variant.steps}
+        return rows + [self._kept(s, variant) for s in self.sites if s.reason or s.group not in placed]
+
+    def _kept(self, site: Site, variant: Variant) -> Collective:
+        axis = next((a.name for a in self.axes if a.owns(site.group)), site.group)
+        no_axis = "its group is no axis: it has one rank, or is not among those of axes={...}"
+        reason = site.reason or variant.refused.get(axis) or self.refused.get(axis) or no_axis
+        return Collective(site.name, "all_reduce", axis, site.module, "keep", "all_reduce", 0, 0, "", "", reason)
+
     def report(self, tokens: int) -> Report:
         """What happens to a step of ``tokens`` tokens."""
         variant = self.at(tokens)
         report = Report(tokens, len(self.original.graph.nodes), len(variant.gm.graph.nodes), passes=self.passes)
+        report.collectives = self.rows(variant, tokens)
         for step in variant.steps:
-            report.collectives += step.describe(tokens, self.tokens)
             i, axis = step.interval, step.graph.known.axis
             report.solver.append(
                 {"axis": axis.name, "solver": i.solver, "at": i.at, "cost_s": i.cost_s, "bound_s": i.bound_s,
                  "unchanged_s": i.unchanged_s, "certificate": i.cost_s == i.bound_s, "first": i.first, "last": i.last}
             )  # fmt: skip
-        report.collectives += self.unplaced
         report.verify = {"proofs": self.proofs, "holds": all(p["holds"] for p in self.proofs)}
         report.modules = self.sharing.rows if self.sharing else []
+        refused = {**variant.refused, **self.refused}
         report.axes = [
-            {"name": a.name, "size": a.size, "rank": a.rank, "refused": self.refused.get(a.name, "")} for a in self.axes
+            {"name": a.name, "size": a.size, "rank": a.rank, "refused": refused.get(a.name, "")} for a in self.axes
         ]
         return report
 

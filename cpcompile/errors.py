@@ -21,6 +21,14 @@ class AxisError(CpcompileError):
     """A mesh axis, a process group and the graph do not agree."""
 
 
+class RanksDifferError(AxisError):
+    """Ranks of an axis compile different graphs: each runs its own as it came."""
+
+
+class ExchangeError(RanksDifferError):
+    """Ranks of an axis do not meet: one did not answer in time, or they exchange different things."""
+
+
 class LayoutError(CpcompileError):
     """A token layout cannot be made from these arguments, or does not apply to these requests."""
 

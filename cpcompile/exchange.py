@@ -13,9 +13,11 @@ from typing import Protocol
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from cpcompile.errors import AxisError, OptionError
+from cpcompile.errors import AxisError, ExchangeError, OptionError, RanksDifferError
 
 _REMEDY = "compile the same graphs in the same order on every rank (look for a branch on the rank, or an earlier error)"
+
+_MET, _GAVE_UP = "met", "gave up"  # outcome of an exchange; the key under which lies which rank gave up first
 
 
 class Exchange(Protocol):
@@ -33,7 +35,8 @@ class Exchange(Protocol):
         """Return every rank's ``obj`` in group order; ``what`` says what is exchanged, alike on every rank.
 
         Raises:
-            AxisError: a rank did not take part in time, or is exchanging something else.
+            ExchangeError: a rank did not take part in time, or is exchanging something else. All ranks that come to
+                this exchange get it.
         """
 
 
@@ -41,24 +44,26 @@ class Exchange(Protocol):
 class _Post:
     what: str
     obj: object
-    withdrawn: bool = False  # the rank gave up waiting for the others: it must not be counted as agreeing
 
 
 def _objects(posts: Sequence[_Post], what: str, where: str) -> list[object]:
     others = [f"rank {rank} {post.what!r}" for rank, post in enumerate(posts) if post.what != what]
     if others:
-        raise AxisError(f"exchange over {where}: expected {what!r} on every rank, found {', '.join(others)}; {_REMEDY}")
-    gone = [rank for rank, post in enumerate(posts) if post.withdrawn]
-    if gone:
-        raise AxisError(f"exchange of {what!r} over {where}: ranks {gone} had given up before; {_REMEDY}")
+        raise ExchangeError(
+            f"exchange over {where}: expected {what!r} on every rank, found {', '.join(others)}; {_REMEDY}"
+        )
     return [post.obj for post in posts]
 
 
-def _late(missing: object, what: str, where: str, timeout_s: float) -> AxisError:
-    return AxisError(
+def _late(missing: object, what: str, where: str, timeout_s: float) -> ExchangeError:
+    return ExchangeError(
         f"exchange of {what!r} over {where}: ranks {missing} did not take part within {timeout_s:g} s; {_REMEDY}, "
         "or raise the timeout if they are only slower"
     )
+
+
+def _given_up(rank: int, what: str, where: str) -> ExchangeError:
+    return ExchangeError(f"exchange of {what!r} over {where}: ranks [{rank}] had given up before; {_REMEDY}")
 
 
 def _positive(timeout_s: float) -> float:
@@ -101,33 +106,44 @@ class GroupExchange:
         self._timeout_s = _positive(timeout_s)
 
     def all_gather(self, obj: object, what: str) -> list[object]:
-        """See ``Exchange.all_gather``."""
+        """See ``Exchange.all_gather``. Once a rank gave up, ranks are out of step: all later calls raise at once."""
+        try:
+            if self._store.check([_GAVE_UP]):
+                raise _given_up(int(self._store.get(_GAVE_UP)), what, self._where)
+            return _objects(self._gather(_Post(what, obj)), what, self._where)
+        except RuntimeError as error:
+            raise AxisError(
+                f"exchange of {what!r} over {self._where}: the store does not answer: {error}; is rank 0 up?"
+            ) from error
+
+    def _gather(self, post: _Post) -> list[_Post]:
         # The count lives in the store, so that it ends with the group and is shared by all exchanges over it.
         turn = self._store.add(f"turn/{self.rank}", 1)
-        self._post(turn, _Post(what, obj))
+        self._store.set(f"{turn}/{self.rank}", pickle.dumps(post))  # type: ignore[arg-type]
         keys = [f"{turn}/{rank}" for rank in range(self.size)]
-        try:
-            self._store.wait(keys, timedelta(seconds=self._timeout_s))
-        except RuntimeError as error:  # DistStoreError, or a plain RuntimeError from FileStore
-            raise self._give_up(turn, keys, what) from error
+        late = self._wait(keys)
+        # The first rank to have seen all, or to have given up, decides for all of them: they must not part here.
+        first = self._store.compare_set(f"{turn}/outcome", "", f"{self.rank}" if late else _MET).decode()
+        if first != _MET:
+            self._store.set(_GAVE_UP, first)
+            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            if late and missing:
+                raise _late(missing, post.what, self._where, self._timeout_s) from late
+            raise _given_up(int(first), post.what, self._where)
         # `what` is in the value, not in the key: a rank exchanging something else is named at once.
         posts = [pickle.loads(self._store.get(key)) for key in keys]
         if turn > 1:  # whoever posted this turn has read the last one
             self._store.delete_key(f"{turn - 1}/{self.rank}")
-        return _objects(posts, what, self._where)
+            if self.rank == 0:
+                self._store.delete_key(f"{turn - 1}/outcome")
+        return posts
 
-    def _post(self, turn: int, post: _Post) -> None:
-        self._store.set(f"{turn}/{self.rank}", pickle.dumps(post))  # type: ignore[arg-type]
-
-    def _give_up(self, turn: int, keys: list[str], what: str) -> AxisError:
+    def _wait(self, keys: list[str]) -> RuntimeError | None:
         try:
-            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-            self._post(turn, _Post(what, None, withdrawn=True))
-        except RuntimeError as error:
-            return AxisError(
-                f"exchange of {what!r} over {self._where}: the store does not answer: {error}; is rank 0 up?"
-            )
-        return _late(missing, what, self._where, self._timeout_s)
+            self._store.wait(keys, timedelta(seconds=self._timeout_s))
+        except RuntimeError as error:  # DistStoreError, or a plain RuntimeError from FileStore
+            return error
+        return None
 
 
 def _resolve(name: str) -> dist.ProcessGroup:
@@ -175,7 +191,9 @@ class LocalExchange:
         except threading.BrokenBarrierError as error:
             missing = [rank for rank, post in enumerate(self._board) if post is None]
             if not missing:
-                raise AxisError(f"exchange of {what!r} over a local ring: another rank gave up; {_REMEDY}") from error
+                raise ExchangeError(
+                    f"exchange of {what!r} over a local ring: another rank gave up; {_REMEDY}"
+                ) from error
             raise _late(missing, what, "a local ring", self._timeout_s) from error
         self._board[self.rank] = None
         return _objects(posts, what, "a local ring")
@@ -197,7 +215,7 @@ def agree(exchange: Exchange, value: str, what: str) -> None:
     """Check that ``value`` is the same on every rank; only its hash travels.
 
     Raises:
-        AxisError: it is not (the ranks are listed by the value that they hold), or a rank does not take part.
+        RanksDifferError: it is not (the ranks are listed by the value that they hold), or a rank does not take part.
     """
     digests = exchange.all_gather(hashlib.sha256(value.encode()).hexdigest(), what)
     camps: dict[object, list[int]] = {}
@@ -205,4 +223,4 @@ def agree(exchange: Exchange, value: str, what: str) -> None:
         camps.setdefault(digest, []).append(rank)
     if len(camps) > 1:
         found = " against ".join(f"ranks {ranks}" for ranks in camps.values())
-        raise AxisError(f"{what}: expected the same on all {exchange.size} ranks, found {found}; {_REMEDY}")
+        raise RanksDifferError(f"{what}: expected the same on all {exchange.size} ranks, found {found}; {_REMEDY}")

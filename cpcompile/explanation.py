@@ -234,7 +234,7 @@ def _summary(data: Mapping[str, Any]) -> Iterator[Text]:
     proofs = data["verify"].get("proofs", [])
     failures = [failure for proof in proofs for failure in proof["failures"]]
     if failures:
-        yield Text(f"Verification FAILED, the graph runs as it came: {failures[0]}")
+        yield Text(f"Verification FAILED, what was not proven runs as it came: {failures[0]}")
     else:
         trusted = sorted({op for proof in proofs for op in proof.get("trusts", [])})
         told = f", taking on trust that {', '.join(trusted)} is row-wise, as stated" if trusted else ""

@@ -78,6 +78,16 @@ def readable_name(source: str) -> str:
     return ".".join(a or b for a, b in _MODULE_PART.findall(source[first:]))
 
 
+def unique_names(inputs: Sequence[GraphInput]) -> list[str]:
+    """The inputs' names, numbered where several share one (the tensors inside one DTensor)."""
+    seen: dict[str, int] = {}
+    names = []
+    for given in inputs:
+        seen[given.name] = count = seen.get(given.name, 0) + 1
+        names.append(given.name if count == 1 else f"{given.name}#{count}")
+    return names
+
+
 def meshes_of(inputs: Sequence[GraphInput]) -> list[DeviceMesh]:
     """The device meshes among the inputs and of the DTensors among them."""
     found: dict[int, DeviceMesh] = {}

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 from cpcompile.axes import Axis
-from cpcompile.errors import AxisError
+from cpcompile.errors import RanksDifferError
 from cpcompile.exchange import Exchange, OfflineExchange
 from cpcompile.weights import released_fingerprint
 
@@ -96,7 +96,7 @@ def rank_dependent_nodes(gm: fx.GraphModule, exchange: Exchange) -> frozenset[st
     Offline nothing can differ, so constants computed from a rank's number are not found there.
 
     Raises:
-        AxisError: the graphs differ in more than constants, or a rank does not take part.
+        RanksDifferError: the graphs differ in more than constants, or a rank does not take part.
     """
     code = _GraphCode.of(gm)
     return code.rank_dependent(exchange.all_gather(code.digests, "digests of the graph"), exchange)
@@ -320,7 +320,7 @@ class _GraphCode:
             if len(camps) > 1:
                 found = " against ".join(f"{structure!r} on ranks {ranks}" for structure, ranks in camps.items())
                 name = self.names[number] if number < len(self.names) else "past the end"
-                raise AxisError(
+                raise RanksDifferError(
                     f"node {number} ({name}): expected the same graph on every rank, found {found}; "
                     "remove what makes the model's code depend on the rank"
                 )

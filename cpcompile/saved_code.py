@@ -84,8 +84,8 @@ def form(value: object) -> str:
 def _refusal(compiled: Compiled, inputs: Sequence[GraphInput], target: str) -> str:
     if target != "eager":
         return f"code of target {target!r} is not kept, only graphs that run op by op"
-    if compiled.refused:
-        axis, reason = next(iter(compiled.refused.items()))
+    if compiled.left_alone:
+        axis, reason = next(iter(compiled.left_alone.items()))
         return f"axis {axis} is left alone: {reason}; the next start tries again"
     if compiled.sharing is not None and compiled.sharing.recipes:
         return "parts of weights that ranks share are made when the graph is compiled"

@@ -27,9 +27,9 @@ from cpcompile.axes import Axis
 from cpcompile.capture import Trace
 from cpcompile.errors import TraceError
 from cpcompile.exchange import OfflineExchange
-from cpcompile.graph_inputs import GraphInput
+from cpcompile.graph_inputs import GraphInput, unique_names
 from cpcompile.passes.context import KEY, GraphContext
-from cpcompile.pipeline import copy_graph, unique_names
+from cpcompile.pipeline import copy_graph
 from cpcompile.replication import InputFact, input_facts
 
 FORMAT = 1

@@ -70,6 +70,19 @@ def describe(
     return rows
 
 
+def outline(graph: PlacementGraph, interval: Interval, reason: str) -> list[Collective]:
+    """Rows for an axis of which :func:`describe` failed for ``reason``: what became of each all-reduce, and no more."""
+    rows = []
+    for node in graph.known.all_reduces:
+        route = interval.raises.get(node.name)
+        decision, becomes = _BECOMES.get("reduce" if node not in graph.number else route or "", ("keep", ""))
+        if route is None and node in graph.number:
+            decision, becomes = "merge", "part of another sum"
+        row = Collective(node.name, "all_reduce", graph.known.axis.name, "", decision, becomes, 0, 0, "", "", reason)
+        rows.append(row)
+    return rows
+
+
 def _elements(graph: PlacementGraph, node: fx.Node, steps: int, tokens: int) -> tuple[int, str]:
     """What one rank sends at ``tokens`` tokens, symbols other than T at their hints, and the same in terms of T."""
     size, t = graph.known.axis.size, graph.known.tokens

@@ -11,12 +11,12 @@ from cpcompile.axes import Axis, axis_of
 from cpcompile.capture import Trace, capture
 from cpcompile.errors import TraceError
 from cpcompile.explanation import explain_trace
-from cpcompile.graph_inputs import GraphInput
+from cpcompile.graph_inputs import GraphInput, unique_names
 from cpcompile.model_spec import fake_mesh
 from cpcompile.options import Options
 from cpcompile.passes.context import context_of
 from cpcompile.passes.describe import module_of
-from cpcompile.pipeline import copy_graph, unique_names
+from cpcompile.pipeline import copy_graph
 from cpcompile.replication import structure_fingerprint
 from cpcompile.trace_file import load_trace, save_trace
 from tests.toy_models import HIDDEN, toy

@@ -17,11 +17,10 @@ from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass
 
 from cpcompile.axes import axis_of
 from cpcompile.backend import exchange_for
-from cpcompile.graph_inputs import describe_inputs
+from cpcompile.graph_inputs import describe_inputs, unique_names
 from cpcompile.options import Options
 from cpcompile.passes.base import PassResult
 from cpcompile.passes.vllm_ops import count_rows_of_what_is_read
-from cpcompile.pipeline import unique_names
 from cpcompile.replication import input_facts
 from cpcompile.serving.post_grad import Piece, PostGradPass
 from cpcompile.serving.vllm_entry import Entry, tensor_parallel_axes

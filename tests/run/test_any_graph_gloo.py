@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import pathlib
+import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as fc
 import torch.multiprocessing as mp
-from torch import Tensor
+from torch import Tensor, nn
 
 WORLD, TOLERANCE, HIDDEN, INNER, VOCAB = 2, 2e-5, 32, 48, 50
 
@@ -122,6 +125,11 @@ def inputs(case: Case) -> Iterator[Tensor]:
         yield given
 
 
+def fresh(work: Callable[..., Tensor], dynamic: bool | None = None, **options: Any) -> Callable[[Tensor], Tensor]:
+    torch._dynamo.reset()
+    return torch.compile(work, backend="cpcompile", options=options, dynamic=dynamic, fullgraph=True)
+
+
 def equal_to_eager(compiled: Callable[[Tensor], Tensor], work: Callable[[Tensor], Tensor], case: Case) -> list[str]:
     """Run both on every input; return the log."""
     with heard() as lines, torch.no_grad():
@@ -136,15 +144,102 @@ def layouts(rank: int, folder: str) -> None:
     for name, case in CASES.items():
         work = getattr(Layers(rank), case.work)
         for options in ({}, {"strategy": "tp"}):
-            torch._dynamo.reset()
-            compiled = torch.compile(work, backend="cpcompile", options=options, dynamic=case.dynamic, fullgraph=True)
+            compiled = fresh(work, case.dynamic, **options)
             lines = equal_to_eager(compiled, work, case)
             assert not any("WARNING" in line for line in lines), (name, lines)
             counts = [line.rpartition(": ")[2] for line in lines if "all-reduces rewritten" in line]
             assert counts and (not options or set(counts) == {f"{case.rewritten} all-reduces rewritten"}), (name, lines)
 
 
-SCENARIOS = [layouts]
+class OnOneRank(nn.Linear):
+    """Row-parallel: one rank alone adds the bias, before the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.linear(x, self.weight, self.bias if dist.get_rank() == 0 else None)
+        return x + fc.all_reduce(y, "sum", dist.group.WORLD)
+
+
+class OwnRows(nn.Module):
+    """Each rank reduces, and keeps the rows of its own number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = x * 2 + fc.all_reduce(x, "sum", dist.group.WORLD)
+        rows = whole.shape[0] // WORLD
+        return whole.narrow(0, dist.get_rank() * rows, rows)
+
+
+def unlike_graphs(rank: int, folder: str) -> None:
+    """Ranks whose graphs differ run them as they came, say in what they differ, and are in step afterwards."""
+    for model, shapes in ((OnOneRank(HIDDEN, HIDDEN), [(6, HIDDEN), (9, HIDDEN)]), (OwnRows(), [(6, HIDDEN), (10, HIDDEN)])):
+        case = Case("", shapes, "", [0])
+        compiled = fresh(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                dist.broadcast(parameter, 0)
+        lines = equal_to_eager(compiled, model, case)
+        (warning,) = [line for line in lines if "WARNING" in line]
+        assert "expected the same graph on every rank, found" in warning and "on ranks [1]" in warning, lines
+        assert any("0 of 1 all-reduces rewritten" in line for line in lines), lines
+        with pytest.raises(Exception, match="RequirementError: not rewritten: .*node .* expected the same graph"):
+            equal_to_eager(fresh(model, require=["*"]), model, case)
+    in_step(rank)
+
+
+def in_step(rank: int) -> None:
+    """The positive control: what follows is rewritten on both ranks."""
+    work = Layers(rank).hidden
+    lines = equal_to_eager(fresh(work, strategy="tp", require=["*"]), work, Case("", [(8, HIDDEN)], "", [0]))
+    assert any("2 of 2 all-reduces rewritten" in line for line in lines), lines
+
+
+def fails(*_: Any, **__: Any) -> Any:
+    raise KeyError("made to fail")
+
+
+# Where it fails: what is replaced, and whether anything is rewritten all the same.
+FAULTS = {
+    "cpcompile.pipeline.Canonicalise.__call__": "2 of 2",
+    "cpcompile.axis_rewrite.annotate": "0 of 2",
+    "cpcompile.axis_rewrite.place": "0 of 2",
+    "cpcompile.axis_rewrite.materialise": "0 of 2",
+    "cpcompile.axis_rewrite.prove": "0 of 2",
+    "cpcompile.compiled.describe": "2 of 2",
+    "cpcompile.pipeline.find_sites": "2 of 2",
+    "cpcompile.axis_rewrite.exchange_facts": "0 of 2",
+    "torch.fx.GraphModule.print_readable": "2 of 2",
+}
+
+
+def faults(rank: int, folder: str) -> None:
+    """An exception on one rank, or on both, leaves out what it was raised in on both, and the numbers are right."""
+    work, case = Layers(rank).hidden, Case("", [(8, HIDDEN), (5, HIDDEN)], "", [0])
+    for number, (target, rewritten) in enumerate(FAULTS.items()):
+        for ranks in ([1], [0, 1]):
+            where = f"{folder}/dump_{number}_{len(ranks)}"
+            with unittest.mock.patch(target, fails) if rank in ranks else contextlib.nullcontext():
+                lines = equal_to_eager(fresh(work, strategy="tp", dump_dir=where), work, case)
+            told = [line for line in lines if "all-reduces rewritten" in line]
+            assert told and all(f": {rewritten} all" in line for line in told), (target, lines)
+            raised = [line for line in lines if "KeyError: 'made to fail'" in line]
+            assert bool(raised) == (rank in ranks or rewritten == "0 of 2"), (target, lines)
+            files = {f.name for f in pathlib.Path(where).glob("rank_*/graph_0/*")}
+            assert {"plan.json", "report.json"} <= files, (target, files)
+            assert not raised or rank not in ranks or "failures.txt" in files, (target, files)
+    in_step(rank)
+
+
+def absent_rank(rank: int, folder: str) -> None:
+    """A rank that compiles nothing neither hangs nor stops the other. The last scenario: they are out of step then."""
+    work, case = Layers(rank).hidden, Case("", [(8, HIDDEN)], "", [0])
+    compiled = fresh(work, strategy="tp", timeout_s=2)
+    lines = equal_to_eager(compiled if rank == 0 else work, work, case)
+    assert rank == 1 or any("ranks [1] did not take part within 2 s" in line for line in lines), lines
+    # Now neither may take the other's next graph for its own last one: both say so at once.
+    lines = equal_to_eager(fresh(work, strategy="tp"), work, case)
+    assert any("WARNING" in line and "ranks [0] had given up before" in line for line in lines), lines
+
+
+SCENARIOS = [layouts, unlike_graphs, faults, absent_rank]
 
 
 def run_rank(rank: int, folder: str, names: list[str]) -> None:
