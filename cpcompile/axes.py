@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -103,8 +103,9 @@ def find_axes(group_names: Iterable[str], given: Mapping[str, Any], meshes: Iter
     Args:
         group_names: groups of the graph's all-reduces, in graph order.
         given: the ``axes`` option.
-        meshes: device meshes seen among the inputs; an axis is called after the mesh dim with its ranks, a second
-            one over the same ranks after its group.
+        meshes: device meshes seen among the inputs. An axis is called after the mesh dim with its ranks, else by the
+            place of its group among the groups of the graph: "0", "1", ... Both are the same on all ranks of a mesh,
+            unlike names of groups.
 
     Raises:
         AxisError: a given axis is not valid, or two of them are the same group.
@@ -119,21 +120,23 @@ def find_axes(group_names: Iterable[str], given: Mapping[str, Any], meshes: Iter
                 )
         return axes
     axes = []
-    for group_name in dict.fromkeys(group_names):
+    for place, group_name in enumerate(dict.fromkeys(group_names)):
         try:
             axis = axis_of(group_name, group_name)
         except AxisError:
             continue  # its collectives are listed as not understood
         if axis.size > 1:
-            axes.append(_named(axis, meshes, {a.name for a in axes}))
+            axes.append(_named(axis, meshes, {a.name for a in axes}, str(place)))
     return axes
 
 
-def _named(axis: Axis, meshes: Iterable[DeviceMesh], taken: Collection[str]) -> Axis:
+def _named(axis: Axis, meshes: Iterable[DeviceMesh], taken: Collection[str], place: str) -> Axis:
     for mesh in meshes:
         if mesh.get_coordinate() is None:
             continue  # this rank has no group of it
         for dim, name in enumerate(mesh.mesh_dim_names or ()):
             if name not in taken and tuple(dist.get_process_group_ranks(mesh.get_group(dim))) == axis.ranks:
-                return Axis(name, axis.group_name, axis.size, axis.rank, axis.ranks)
-    return axis
+                return replace(axis, name=name)
+    made_for = resolve_group(axis.group_name).group_desc  # "mesh_tp": that of a mesh that is not among the inputs
+    name = made_for.removeprefix("mesh_")
+    return replace(axis, name=name if name != made_for and name not in taken else place)

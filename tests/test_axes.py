@@ -97,20 +97,26 @@ def test_two_given_axes_over_the_same_ranks(mesh: DeviceMesh) -> None:
 def test_axes_are_found_in_the_graphs_order_and_each_once(mesh: DeviceMesh) -> None:
     tp, dp = group_name(mesh["tp"]), group_name(mesh["dp"])
     assert [a.group_name for a in find_axes([tp, dp, tp], {})] == [tp, dp]
-    assert [a.name for a in find_axes([dp, tp], {})] == [dp, tp]
+    assert [a.group_name for a in find_axes([dp, tp], {})] == [dp, tp]
+
+
+def test_without_a_mesh_among_the_inputs_an_axis_has_a_name_that_all_ranks_share(mesh: DeviceMesh) -> None:
+    """A group's own name is another one on other ranks: there, the mesh dim that it was made for, or its place."""
+    groups = [group_name(mesh["tp"]), dist.new_group([0, 4]).group_name, group_name(mesh["dp"])]
+    assert [a.name for a in find_axes(groups, {})] == ["tp", "1", "dp"]
 
 
 def test_an_axis_is_called_after_the_mesh_dim_with_its_ranks(mesh: DeviceMesh) -> None:
     tp, dp = group_name(mesh["tp"]), group_name(mesh["dp"])
     other = dist.new_group([0, 4])
     axes = find_axes([tp, dp, other.group_name], {}, [DeviceMesh("cpu", [3, 4, 5]), mesh])
-    assert [(a.name, a.group_name) for a in axes] == [("tp", tp), ("dp", dp), (other.group_name,) * 2]
+    assert [(a.name, a.group_name) for a in axes] == [("tp", tp), ("dp", dp), ("2", other.group_name)]
 
 
 def test_two_groups_over_the_same_ranks_are_two_axes_with_names_of_their_own(mesh: DeviceMesh) -> None:
     """Facts, refusals and plans are kept by the axis's name."""
     tp, second = group_name(mesh["tp"]), dist.new_group([3, 4, 5]).group_name
-    assert [(a.name, a.group_name) for a in find_axes([tp, second], {}, [mesh])] == [("tp", tp), (second, second)]
+    assert [(a.name, a.group_name) for a in find_axes([tp, second], {}, [mesh])] == [("tp", tp), ("1", second)]
 
 
 def test_a_mesh_that_this_rank_is_not_in_names_nothing(mesh: DeviceMesh) -> None:

@@ -1,4 +1,4 @@
-"""The runner: what raises is left out with its reason, what a user did wrong is raised, a graph is whole or as it was."""
+"""The runner: what raises is left out with its reason, mistakes of a user are raised, a graph is whole or as it was."""
 
 from __future__ import annotations
 

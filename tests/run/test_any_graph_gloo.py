@@ -170,7 +170,10 @@ class OwnRows(nn.Module):
 
 def unlike_graphs(rank: int, folder: str) -> None:
     """Ranks whose graphs differ run them as they came, say in what they differ, and are in step afterwards."""
-    for model, shapes in ((OnOneRank(HIDDEN, HIDDEN), [(6, HIDDEN), (9, HIDDEN)]), (OwnRows(), [(6, HIDDEN), (10, HIDDEN)])):
+    for model, shapes in (
+        (OnOneRank(HIDDEN, HIDDEN), [(6, HIDDEN), (9, HIDDEN)]),
+        (OwnRows(), [(6, HIDDEN), (10, HIDDEN)]),
+    ):
         case = Case("", shapes, "", [0])
         compiled = fresh(model)
         with torch.no_grad():
@@ -180,7 +183,7 @@ def unlike_graphs(rank: int, folder: str) -> None:
         (warning,) = [line for line in lines if "WARNING" in line]
         assert "expected the same graph on every rank, found" in warning and "on ranks [1]" in warning, lines
         assert any("0 of 1 all-reduces rewritten" in line for line in lines), lines
-        with pytest.raises(Exception, match="RequirementError: not rewritten: .*node .* expected the same graph"):
+        with pytest.raises(Exception, match=r"RequirementError: not rewritten: .*node .* expected the same graph"):
             equal_to_eager(fresh(model, require=["*"]), model, case)
     in_step(rank)
 
@@ -221,7 +224,9 @@ def faults(rank: int, folder: str) -> None:
             told = [line for line in lines if "all-reduces rewritten" in line]
             assert told and all(f": {rewritten} all" in line for line in told), (target, lines)
             raised = [line for line in lines if "KeyError: 'made to fail'" in line]
-            assert bool(raised) == (rank in ranks or rewritten == "0 of 2"), (target, lines)
+            # A rank that fails before an exchange is missed in it, and its reason comes with no outcome.
+            missed = [line for line in lines if "found rank 1 'outcome of the rewrite'" in line]
+            assert bool(raised or missed) == (rank in ranks or rewritten == "0 of 2"), (target, lines)
             files = {f.name for f in pathlib.Path(where).glob("rank_*/graph_0/*")}
             assert {"plan.json", "report.json"} <= files, (target, files)
             assert not raised or rank not in ranks or "failures.txt" in files, (target, files)
