@@ -100,13 +100,10 @@ def explain(
     save_plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan there.")] = None,
     verify: Annotated[Verify, typer.Option(help="How rewritten graphs are checked.")] = Verify.static,
 ) -> None:
-    """Say what becomes of every collective of TARGET, and why. Needs no accelerator and no second process.
-
-    Do not explain a trace from a stranger: loading it can run code.
-    """
+    """Say what becomes of every collective of TARGET, and why. Needs no accelerator and no second process."""
     from cpcompile.explanation import explain_trace
-    from cpcompile.module_report import parse_modules
     from cpcompile.module_groups import replica_axes
+    from cpcompile.module_report import parse_modules
     from cpcompile.options import MODULE_SIZES, Options, parse_patterns
 
     options: dict[str, Any] = {"strategy": strategy.value, "profile": profile, "verify": verify.value}
@@ -149,9 +146,7 @@ def trace(
 @app.command()
 @one_line_errors
 def opt(
-    file: Annotated[
-        Path | None, typer.Argument(metavar="FILE.pt2", help="A saved trace, from someone you trust.")
-    ] = None,
+    file: Annotated[Path | None, typer.Argument(metavar="FILE.pt2", help="A saved trace.")] = None,
     passes: Annotated[
         str, typer.Option("-p", "--passes", metavar="PASSES", help="name{field=value,...},name2 in order.")
     ] = "",
@@ -161,13 +156,10 @@ def opt(
     ] = False,
     time_passes: Annotated[bool, typer.Option("--time-passes", help="Say on stderr how long each pass took.")] = False,
 ) -> None:
-    """Run passes by name on a saved trace and print the graph.
-
-    Do not load a trace from a stranger: loading it can run code.
-    """
+    """Run passes by name on a saved trace and print the graph."""
     from cpcompile.errors import OptionError
     from cpcompile.passes.registry import parse_passes
-    from cpcompile.trace_file import load_trace
+    from cpcompile.trace_file import blaming, load_trace
 
     if show:
         _list_passes()
@@ -176,13 +168,14 @@ def opt(
         raise OptionError("name the passes and the trace: cpcompile opt -p canonicalise x.pt2; --list lists the passes")
     pipeline = parse_passes(passes)
     gm = load_trace(file).trace.gm
-    for run in pipeline:
-        began = time.perf_counter()
-        result = run(gm)
-        _tell(run.name, result, time.perf_counter() - began if time_passes else None)
-        if print_between and run is not pipeline[-1]:
-            typer.echo(f"# after {run.name}\n{gm.print_readable(print_output=False)}")
-    typer.echo(gm.print_readable(print_output=False))
+    with blaming(file):
+        for run in pipeline:
+            began = time.perf_counter()
+            result = run(gm)
+            _tell(run.name, result, time.perf_counter() - began if time_passes else None)
+            if print_between and run is not pipeline[-1]:
+                typer.echo(f"# after {run.name}\n{gm.print_readable(print_output=False)}")
+        typer.echo(gm.print_readable(print_output=False))
 
 
 plan_app.callback(invoke_without_command=True)(one_line_errors(plan))

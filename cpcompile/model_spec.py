@@ -23,7 +23,7 @@ from cpcompile.capture import Trace, capture
 from cpcompile.errors import AxisError, OptionError, TraceError, nearest
 from cpcompile.lowering.ascend.installation import keep_transformers_off
 from cpcompile.model_shapes import read_json
-from cpcompile.trace_file import SUFFIX, load_trace
+from cpcompile.trace_file import SUFFIX, blaming, load_trace
 
 EXAMPLE_TOKENS = 16  # the trace is symbolic in it
 REPLICA = "replica"  # the mesh dim of whole copies of a model
@@ -112,7 +112,8 @@ def trace_target(target: str, axes: Mapping[str, int], rank: int = 0, replicas: 
                 f"{target} is a saved trace, which has its own axes and rank: leave out --axis and --rank"
             )
         saved = load_trace(path)
-        yield Target(saved.trace, saved.axes, saved.replicated, alive=False)
+        with blaming(path):
+            yield Target(saved.trace, saved.axes, saved.replicated, alive=False)
         return
     with fake_mesh(axes, rank, replicas) as mesh:
         spec = _from_directory(path, mesh) if path.is_dir() else _from_function(target, mesh)

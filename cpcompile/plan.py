@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cpcompile.errors import PlanError
+from cpcompile.layouts import KINDS
 
 FORMAT = 1
+LABELS, ROUTES = ("P", "S"), ("scatter", "gather", "scatter+gather", "reduce")
+MOST_BYTES = 256 << 20  # of a file
 
 
 @dataclass(frozen=True)
@@ -104,24 +110,23 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """Read a plan back. Raises :class:`PlanError` if ``text`` is not one."""
         try:
-            data = json.loads(text)
-            if data.pop("format") != FORMAT:
-                raise PlanError(f"the plan's format is not {FORMAT}: make it again with this version")
-            axes = []
-            for axis in data["axes"]:
-                intervals = tuple(Interval(**interval) for interval in axis.pop("intervals"))
-                axes.append(AxisPlan(intervals=intervals, **axis))
-            return cls(tuple(axes))
-        except PlanError:
-            raise
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise PlanError(f"not a plan: {type(error).__name__}: {error}; save one with Plan.save") from error
+            data = json.loads(text, object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise _no(f"{type(error).__name__}: {_line(error)}") from error
+        about = _object(data, "a plan", {"format", "axes"})
+        if about["format"] != FORMAT:
+            raise PlanError(f"the plan's format is not {FORMAT}: make it again with this version")
+        return cls(tuple(_axis(axis) for axis in _a(list, about["axes"], "axes")))
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a plan from a file. Raises :class:`PlanError` if it is missing or not a plan."""
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            with Path(path).open("rb") as file:
+                data = file.read(MOST_BYTES + 1)
+            if len(data) > MOST_BYTES:
+                raise PlanError(f"the plan {path} has more than {MOST_BYTES} bytes; save one with Plan.save")
+            return cls.from_json(data.decode("utf-8"))
         except OSError as error:
             raise PlanError(f"cannot read the plan {path}: {error.strerror}") from error
         except UnicodeDecodeError as error:
@@ -137,6 +142,95 @@ class Plan:
                 continue
             lines += [f"axis {name}: {line}" for line in _axis_diff(ours[name], theirs[name])]
         return lines
+
+
+# ---- what a file may hold --------------------------------------------------------------------------------------------
+
+
+def _axis(data: object) -> AxisPlan:
+    about = _object(data, "an axis", {f.name for f in dataclasses.fields(AxisPlan)})
+    intervals = tuple(_interval(one) for one in _a(list, about.pop("intervals"), "intervals"))
+    size, layout = _integer(about.pop("size"), "size", 1), about.pop("layout")
+    if layout not in KINDS:
+        raise _no(f"expected one of {', '.join(KINDS)} as layout; found {_told(layout)}")
+    nexts = [0, *(None if one.last is None else one.last + 1 for one in intervals)]
+    if any(one.first != first for one, first in zip(intervals, nexts, strict=False)):
+        raise _no("expected intervals in ascending order, from 0 and without gaps")
+    words = {key: _a(str, value, key) for key, value in about.items()}
+    return AxisPlan(size=size, intervals=intervals, layout=layout, **words)
+
+
+def _interval(data: object) -> Interval:
+    about = _object(data, "an interval", {f.name for f in dataclasses.fields(Interval)})
+    first, last = _integer(about["first"], "first"), about["last"]
+    return Interval(
+        first=first,
+        last=None if last is None else _integer(last, "last", first),
+        labels=_words(about["labels"], "labels", LABELS),
+        raises=_words(about["raises"], "raises", ROUTES),
+        solver=_a(str, about["solver"], "solver"),
+        cost_s=_seconds(about["cost_s"], "cost_s"),
+        unchanged_s=_seconds(about["unchanged_s"], "unchanged_s"),
+        bound_s=_seconds(about["bound_s"], "bound_s"),
+        at=_integer(about["at"], "at"),
+    )
+
+
+def _object(data: object, what: str, keys: set[str]) -> dict[str, Any]:
+    found = dict(_a(dict, data, what))
+    if found.keys() != keys:
+        odd = sorted(found.keys() ^ keys)[0]
+        raise _no(f"{what} has {'no' if odd in keys else 'a'} {_told(odd)}")
+    return found
+
+
+def _no(why: str) -> PlanError:
+    return PlanError(f"not a plan: {why}; save one with Plan.save")
+
+
+def _a(kind: type, value: object, what: str) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise _no(f"expected {kind.__name__} as {what}; found {_told(value)}")
+    return value
+
+
+def _integer(value: object, what: str, least: int = 0) -> int:
+    number: int = _a(int, value, what)
+    if not least <= number < 1 << 63:
+        raise _no(f"expected {what} from {least} to 2**63; found {_told(value)}")
+    return number
+
+
+def _seconds(value: object, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
+        raise _no(f"expected seconds as {what}; found {_told(value)}")
+    return value
+
+
+def _words(data: object, what: str, known: tuple[str, ...]) -> Mapping[str, str]:
+    found: Mapping[str, str] = _a(dict, data, what)
+    odd = [word for word in found.values() if word not in known]
+    if odd:
+        raise _no(f"expected one of {', '.join(known)} in {what}; found {_told(odd[0])}")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return found
+
+
+def _told(value: object) -> str:
+    return reprlib.repr(value)[:80]
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")[:200]
+
+
+# ---- differences -----------------------------------------------------------------------------------------------------
 
 
 def _axis_diff(a: AxisPlan, b: AxisPlan) -> list[str]:

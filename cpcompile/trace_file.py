@@ -1,8 +1,8 @@
 """Trace files: a captured graph with its axes and facts, in one file that explains the same as the model did.
 
-A trace file is a zip archive of ``header.json`` and ``graph.pkl``, the graph as PyTorch's own ``GraphPickler`` writes
-it: shapes stay symbolic, values of parameters are not stored. It holds a pickle: **do not load one from a stranger,
-for loading can run code**.
+A trace file is a zip archive of ``header.json``, ``graph.json`` (``trace_writer``) and ``constants.bin``: data alone,
+so that loading one from a stranger runs nothing of it. Its members are not compressed: what is read is no larger than
+the file. Shapes stay symbolic, values of parameters are not stored.
 """
 
 from __future__ import annotations
@@ -10,31 +10,38 @@ from __future__ import annotations
 import dataclasses
 import glob
 import json
+import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
+import torch.distributed as dist
 import torch.fx as fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx._graph_pickler import GraphPickler, Options
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from cpcompile.axes import Axis
+from cpcompile.axes import Axis, is_group, resolve_group
 from cpcompile.capture import Trace
-from cpcompile.errors import TraceError
+from cpcompile.errors import CpcompileError, TraceError
 from cpcompile.exchange import OfflineExchange
 from cpcompile.graph_inputs import GraphInput, unique_names
+from cpcompile.layouts import KINDS
+from cpcompile.passes.collectives import group_name_of, is_collective
 from cpcompile.passes.context import KEY, GraphContext
-from cpcompile.pipeline import copy_graph
-from cpcompile.replication import InputFact, input_facts
+from cpcompile.pipeline import unique_names
+from cpcompile.replication import InputFact, Kind, input_facts
+from cpcompile.trace_reader import GraphReader
+from cpcompile.trace_sizes import checked, integer, told
+from cpcompile.trace_writer import GraphWriter
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".pt2"
-_MODULES = "cpcompile_modules"  # GraphPickler drops nn_module_stack, which may hold anything: ours is only strings
+MEMBERS = ("header.json", "graph.json", "constants.bin")
+MOST_BYTES = 1 << 30  # of a file
+_KINDS = get_args(Kind)
 
 
 @dataclass
@@ -45,11 +52,13 @@ class SavedTrace:
         trace: graph, inputs (with fake values) and seconds. ``trace.gm.meta`` has the :class:`GraphContext`.
         axes: the mesh axes that the model was sharded over.
         replicated: the facts that were established when it was saved, as the ``replicated`` option declares them.
+        groups: group that the graph names → its ranks, as far as they were known where it was saved.
     """
 
     trace: Trace
     axes: list[Axis]
     replicated: tuple[str, ...]
+    groups: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 def save_trace(path: str | Path, trace: Trace, axes: Sequence[Axis], replicated: Sequence[str] = ()) -> None:
@@ -69,40 +78,65 @@ def save_trace(path: str | Path, trace: Trace, axes: Sequence[Axis], replicated:
         "cpcompile": version("cpcompile"),
         "torch": torch.__version__,
         "axes": [dataclasses.asdict(axis) for axis in axes],
+        "groups": _groups(trace.gm, axes),
         "inputs": [{"name": i.name, "kind": i.kind} for i in trace.inputs],
         "facts": {axis.name: [[f.replicated, f.source] for f in _facts(trace, axis, replicated)] for axis in axes},
-        "seconds": trace.seconds,
+        "seconds": dict(trace.seconds),
     }
+    writer = GraphWriter()
     try:
-        graph = GraphPickler.dumps(_portable(trace.gm), Options(ops_filter=None))
-    except Exception as error:  # whatever a constant of the graph raises when pickled
-        raise TraceError(f"the graph cannot be stored: {type(error).__name__}: {error}") from error
+        texts = [json.dumps(header, indent=1), json.dumps(writer.data(trace.gm), separators=(",", ":"))]
+        members = [*(text.encode() for text in texts), bytes(writer.raw)]
+    except Exception as error:  # whatever a constant of the graph raises
+        raise TraceError(f"the graph cannot be stored: {_why(error)}") from error
     try:
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("header.json", json.dumps(header, indent=1))
-            archive.writestr("graph.pkl", graph)
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            for name, data in zip(MEMBERS, members, strict=True):
+                archive.writestr(name, data)
     except OSError as error:
         raise TraceError(f"cannot write the trace {path}: {error.strerror}") from error
 
 
-def load_trace(path: str | Path) -> SavedTrace:
-    """Read a trace from a file that you trust: loading can run code that is in it.
+def load_trace(path: str | Path, libraries: Collection[str] | None = None) -> SavedTrace:
+    """Read a trace. Nothing of the file is run.
+
+    Args:
+        path: the file.
+        libraries: of ops that the graph may call beside those that cpcompile knows; None takes those that the
+            environment variable ``CPCOMPILE_TRACE_LIBRARIES`` names, by commas. Their ops must be registered.
 
     Raises:
         TraceError: the file is missing, damaged, of another format, or no trace.
     """
-    header, data = _read(path)
-    # As dynamo makes it, so that shapes of new nodes can be worked out.
-    mode = FakeTensorMode(shape_env=ShapeEnv())
+    header, graph, constants = _read(path)
+    if libraries is None:
+        libraries = os.environ.get("CPCOMPILE_TRACE_LIBRARIES", "").split(",")
     try:
-        gm = GraphPickler.loads(data, mode)
-        assert isinstance(gm, fx.GraphModule)
-        gm.recompile()
-        return _assemble(header, gm)
-    except Exception as error:  # a pickle can fail in any way
-        made = f"made with cpcompile {header.get('cpcompile')} and torch {header.get('torch')}"
-        why = f"{type(error).__name__}: {_first_line(error)}"
-        raise TraceError(f"{path}: the graph cannot be read ({why}); it was {made}: trace again") from error
+        return _assemble(header, GraphReader(graph, constants, libraries).read())
+    except Exception as error:  # a wrong graph can fail in any way
+        made = f"made with cpcompile {told(header.get('cpcompile'))} and torch {told(header.get('torch'))}"
+        raise TraceError(f"{path}: the graph cannot be read ({_why(error)}); it was {made}: trace again") from error
+
+
+@contextmanager
+def blaming(path: str | Path) -> Iterator[None]:
+    """Errors of what is done with a loaded trace, in one line that names the file: it may say what cannot be."""
+    try:
+        yield
+    except CpcompileError:
+        raise
+    except Exception as error:
+        raise TraceError(f"{path}: the trace cannot be used ({_why(error)}): trace again, or report it") from error
+
+
+def _groups(gm: fx.GraphModule, axes: Sequence[Axis]) -> dict[str, list[int]]:
+    """The ranks of every group that the graph names."""
+    found = {axis.group_name: list(axis.ranks) for axis in axes}
+    for node in gm.graph.nodes:
+        name = group_name_of(node) if is_collective(node) else ""
+        if name and name not in found and is_group(name):
+            found[name] = list(dist.get_process_group_ranks(resolve_group(name)))
+    return found
 
 
 def _facts(trace: Trace, axis: Axis, replicated: Sequence[str]) -> list[InputFact]:
@@ -111,52 +145,101 @@ def _facts(trace: Trace, axis: Axis, replicated: Sequence[str]) -> list[InputFac
     return input_facts(unique_names(trace.inputs), values, kinds, axis, exchange, declared=replicated)
 
 
-def _portable(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of which only shapes, source lines and module names are kept with each node."""
-    copy = fx.GraphModule(gm, copy_graph(gm.graph))
-    copy.meta = {}
-    for node in copy.graph.nodes:
-        meta = {k: node.meta[k] for k in ("val", "stack_trace") if k in node.meta}
-        if node.op == "placeholder" and not isinstance(meta.get("val"), FakeTensor | torch.SymInt):
-            meta.pop("val", None)  # a device mesh or another object, which no node reads
-        if "nn_module_stack" in node.meta:
-            stack = node.meta["nn_module_stack"].items()
-            meta[_MODULES] = {str(key): (str(where), str(kind)) for key, (where, kind, *_) in stack}
-        node.meta = meta
-    return copy
-
-
-def _read(path: str | Path) -> tuple[dict[str, Any], bytes]:
+def _read(path: str | Path) -> tuple[dict[str, Any], object, bytes]:
     try:
+        if os.path.getsize(path) > MOST_BYTES:
+            raise TraceError(f"{path} has more than {MOST_BYTES} bytes: not a trace of `cpcompile trace`")
         with zipfile.ZipFile(path) as archive:
-            header, data = json.loads(archive.read("header.json")), archive.read("graph.pkl")
+            infos = {info.filename: info for info in archive.infolist()}
+            if "graph.pkl" in infos:
+                raise TraceError(f"{path} is of an earlier version and holds a pickle: trace again with this version")
+            if len(infos) != len(archive.infolist()) or infos.keys() != set(MEMBERS):
+                raise TraceError(f"{path} is damaged or not a trace of `cpcompile trace`: it has other members")
+            if any(i.compress_type != zipfile.ZIP_STORED or i.file_size != i.compress_size for i in infos.values()):
+                raise TraceError(f"{path} is damaged or not a trace of `cpcompile trace`: its members are compressed")
+            header = _json(archive.read(MEMBERS[0]))
+            if not isinstance(header, dict) or header.get("format") != FORMAT:
+                found = told(header.get("format") if isinstance(header, dict) else header)
+                raise TraceError(
+                    f"{path}: expected trace format {FORMAT}, found {found}: trace again with this version"
+                )
+            return header, _json(archive.read(MEMBERS[1])), archive.read(MEMBERS[2])
+    except TraceError:
+        raise
     except OSError as error:
         raise TraceError(f"cannot read the trace {path}: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError, RecursionError) as error:
         raise TraceError(f"{path} is damaged or not a trace of `cpcompile trace`: {_first_line(error)}") from error
-    except Exception as error:  # zlib.error has no common base with the rest
+    except Exception as error:  # struct.error and others have no common base
         raise TraceError(f"{path} is damaged: {_first_line(error)}") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        found = header.get("format") if isinstance(header, dict) else header
-        raise TraceError(f"{path}: expected trace format {FORMAT}, found {found!r}: trace again with this version")
-    return header, data
+
+
+def _json(data: bytes) -> object:
+    """JSON of which no object has a key twice."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("an object has a key twice")
+        return found
+
+    return json.loads(data, object_pairs_hook=unique)
 
 
 def _assemble(header: Mapping[str, Any], gm: fx.GraphModule) -> SavedTrace:
     nodes = gm.graph.find_nodes(op="placeholder")
-    for node in gm.graph.nodes:
-        if _MODULES in node.meta:
-            node.meta["nn_module_stack"] = node.meta.pop(_MODULES)
+    given = [checked(i, dict, "an input") for i in checked(header.get("inputs"), list, "inputs")]
     inputs = [
-        GraphInput(i["name"], node.meta.get("val"), i["kind"]) for node, i in zip(nodes, header["inputs"], strict=True)
+        GraphInput(checked(i.get("name"), str, "an input"), node.meta.get("val"), _one_of(i.get("kind"), _KINDS))
+        for node, i in zip(nodes, given, strict=True)
     ]
-    axes = [Axis(**{**a, "ranks": tuple(a["ranks"])}) for a in header["axes"]]
-    facts = {
-        axis.name: {node.name: same for node, (same, _) in zip(nodes, header["facts"][axis.name], strict=True)}
-        for axis in axes
-    }
-    gm.meta[KEY] = GraphContext(tuple(axes), facts)
-    return SavedTrace(Trace(gm, inputs, dict(header["seconds"])), axes, _declared(header["facts"], inputs))
+    axes = [_axis(axis) for axis in checked(header.get("axes"), list, "axes")]
+    if len({axis.name for axis in axes}) != len(axes):
+        raise TraceError("expected axes of different names")
+    facts = {name: _facts_of(found, len(nodes)) for name, found in checked(header.get("facts"), dict, "facts").items()}
+    known = {a.name: {n.name: same for n, (same, _) in zip(nodes, facts[a.name], strict=True)} for a in axes}
+    gm.meta[KEY] = GraphContext(tuple(axes), known)
+    groups = {name: _ranks(ranks) for name, ranks in checked(header.get("groups"), dict, "groups").items()}
+    seconds = {name: _number(value) for name, value in checked(header.get("seconds"), dict, "seconds").items()}
+    return SavedTrace(
+        Trace(gm, inputs, seconds), axes, _declared({a.name: facts[a.name] for a in axes}, inputs), groups
+    )
+
+
+def _axis(data: object) -> Axis:
+    about = checked(data, dict, "an axis")
+    name, group = (checked(about.get(key), str, "an axis") for key in ("name", "group_name"))
+    ranks, layout = _ranks(about.get("ranks")), _one_of(about.get("layout"), KINDS)
+    size, rank = integer(about.get("size")), integer(about.get("rank"))
+    if size != len(ranks) or not 0 <= rank < size:
+        raise TraceError(f"axis {name[:40]!r}: expected one of {len(ranks)} ranks; found rank {rank} of {size}")
+    return Axis(name, group, size, rank, ranks, layout)
+
+
+def _ranks(data: object) -> tuple[int, ...]:
+    ranks = tuple(integer(rank) for rank in checked(data, list, "ranks"))
+    if not ranks or min(ranks) < 0 or len(set(ranks)) != len(ranks):
+        raise TraceError("expected ranks, each once")
+    return ranks
+
+
+def _facts_of(data: object, inputs: int) -> list[tuple[bool, str]]:
+    pairs = [checked(pair, list, "a fact") for pair in checked(data, list, "facts")]
+    if len(pairs) != inputs or any(len(pair) != 2 for pair in pairs):
+        raise TraceError(f"expected a fact for each of {inputs} inputs; found {len(pairs)}")
+    return [(checked(same, bool, "a fact"), checked(source, str, "a fact")) for same, source in pairs]
+
+
+def _one_of(value: object, known: Collection[str]) -> Any:
+    if not isinstance(value, str) or value not in known:
+        raise TraceError(f"expected one of {', '.join(known)}; found {told(value)}")
+    return value
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+        raise TraceError(f"expected seconds; found {told(value)}")
+    return float(value)
 
 
 def _declared(facts: Mapping[str, Sequence[tuple[bool, str]]], inputs: Sequence[GraphInput]) -> tuple[str, ...]:
@@ -171,5 +254,9 @@ def _declared(facts: Mapping[str, Sequence[tuple[bool, str]]], inputs: Sequence[
     return tuple(patterns)
 
 
+def _why(error: Exception) -> str:
+    return _first_line(error) if isinstance(error, TraceError) else f"{type(error).__name__}: {_first_line(error)}"
+
+
 def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next((line[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -89,6 +89,13 @@ def test_equal_plans_have_equal_text() -> None:
 # Bad files
 
 
+def changed(key: str, old: object, new: object) -> str:
+    """The plan with another value of ``key`` where it was ``old``."""
+    text = PLAN.to_json().replace(f'"{key}": {json.dumps(old)}', f'"{key}": {json.dumps(new)}')
+    assert text != PLAN.to_json()
+    return text
+
+
 def without(key: str) -> str:
     data = json.loads(PLAN.to_json())
     del data["axes"][0][key]
@@ -116,6 +123,28 @@ def without(key: str) -> str:
         PLAN.to_json().replace('"first"', '"second"'),
         without("intervals"),
         without("tokens"),
+        changed("size", 4, "4"),
+        changed("size", 4, True),
+        changed("size", 4, 0),
+        changed("axis", "tp", ["tp"]),
+        changed("layout", "contiguous", "diagonal"),
+        changed("norm", "S", "R"),
+        changed("norm", "S", None),
+        changed("wait", "scatter", "broadcast"),
+        changed("wait", "scatter", ["scatter"]),
+        changed("first", 512, 513),
+        changed("first", 0, -1),
+        changed("first", 0, 0.0),
+        changed("last", 511, None),
+        changed("last", 511, 10**30),
+        changed("cost_s", 1e-3, float("nan")),
+        changed("cost_s", 1e-3, float("inf")),
+        changed("solver", "minimum cut", 3),
+        changed("at", 512, "512"),
+        PLAN.to_json().replace('"size": 4', '"size": 4, "size": 4'),
+        "[" * 100_000,
+        '{"format": 1, "axes": ' + "[" * 500 + "]" * 500 + "}",
+        '{"format": 1, "axes": [' + "9" * 5000 + "]}",
     ],
 )
 def test_what_is_no_plan(text: str) -> None:

@@ -1,6 +1,9 @@
 import glob
 import json
+import pickle
+import warnings
 import zipfile
+from pathlib import Path
 
 import pytest
 import sympy
@@ -97,12 +100,11 @@ def test_declared_facts_are_stored_too(captured, tmp_path):
 
 
 def test_parameter_values_are_not_stored(captured, saved):
-    with zipfile.ZipFile(saved) as archive:
-        data = archive.read("graph.pkl")
+    data = saved.read_bytes()
     shards = [i.value.detach() for i in captured[0].inputs if type(i.value) is torch.nn.Parameter]
     assert shards and all(shard.numpy().tobytes()[:64] not in data for shard in shards)
     header = json.loads(zipfile.ZipFile(saved).read("header.json"))
-    assert header["format"] == 1 and header["torch"] == torch.__version__
+    assert header["format"] == 2 and header["torch"] == torch.__version__
 
 
 def test_saving_leaves_the_trace_as_it_was(captured, tmp_path):
@@ -169,14 +171,124 @@ def test_other_archive(saved, tmp_path):
 
 def test_other_header(saved, tmp_path):
     refused(rewrite(saved, tmp_path / "a.pt2", header=b"{"), "not a trace")
-    refused(rewrite(saved, tmp_path / "b.pt2", header=b'{"format": 2}'), "expected trace format 1, found 2")
-    refused(rewrite(saved, tmp_path / "c.pt2", header=b"[]"), r"expected trace format 1, found \[\]")
-    refused(rewrite(saved, tmp_path / "d.pt2", header=b'{"format": 1, "torch": "9.9"}'), "torch 9.9: trace again")
+    refused(
+        rewrite(saved, tmp_path / "b.pt2", header=b'{"format": 1}'), "expected trace format 2, found 1: trace again"
+    )
+    refused(rewrite(saved, tmp_path / "c.pt2", header=b"[]"), r"expected trace format 2, found \[\]")
+    refused(rewrite(saved, tmp_path / "d.pt2", header=b'{"format": 2, "torch": "9.9"}'), "torch '9.9': trace again")
 
 
 def test_other_graph(saved, tmp_path):
-    refused(rewrite(saved, tmp_path / "a.pt2", graph=b"garbage"), "the graph cannot be read")
-    refused(rewrite(saved, tmp_path / "b.pt2", graph=b"\x80\x04N."), "the graph cannot be read")
+    refused(rewrite(saved, tmp_path / "a.pt2", graph=b"garbage"), "damaged or not a trace")
+    refused(rewrite(saved, tmp_path / "b.pt2", graph=b"{}"), "the graph cannot be read")
+
+
+def test_files_of_earlier_versions(tmp_path):
+    """Their pickles are not even looked at."""
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "PWNED",)
+
+    with zipfile.ZipFile(tmp_path / "old.pt2", "w") as archive:
+        archive.writestr("header.json", '{"format": 1}')
+        archive.writestr("graph.pkl", pickle.dumps(Evil()))
+    refused(tmp_path / "old.pt2", "holds a pickle: trace again with this version")
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_archives_that_unpack_to_more_than_they_are(saved, tmp_path):
+    """Compressed members, members twice, and others: none is read."""
+    with zipfile.ZipFile(saved) as source:
+        members = {name: source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(tmp_path / "a.pt2", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    refused(tmp_path / "a.pt2", "its members are compressed")
+    for name in ("header.json", "more.bin"):
+        (tmp_path / "b.pt2").write_bytes(saved.read_bytes())
+        with zipfile.ZipFile(tmp_path / "b.pt2", "a") as archive, warnings.catch_warnings(action="ignore"):
+            archive.writestr(name, b"{}")
+        refused(tmp_path / "b.pt2", "it has other members")
+
+
+EVIL = "__import__('os').system('touch PWNED')"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda g: g["nodes"][0].update(name="x): pass\nimport os\ndef f(y"), "expected an identifier"),
+        (lambda g: g["nodes"][0].update(target=EVIL), "expected an identifier"),
+        (lambda g: g["nodes"][-2].update(kwargs={EVIL: 1}), "expected an identifier"),
+        (lambda g: g["nodes"][-2].update(target="os.system"), "expected an op or a known function"),
+        (lambda g: g["nodes"][-2].update(target="aten::from_file.default"), "is not taken from a file"),
+        (lambda g: g["nodes"][-2].update(target="mylib::op.default"), "name its library in CPCOMPILE_TRACE_LIBRARIES"),
+        (lambda g: g["nodes"][-2].update(target="aten::no_such_op.default"), "no op aten::no_such_op.default"),
+        (lambda g: g["nodes"][-2].update(op="call_module"), "expected a kind of node"),
+        (lambda g: g["nodes"][-2].update(args=[]), "expected the arguments of"),
+        (lambda g: g["nodes"][-2].update(args=[{"node": "nowhere"}]), "expected the name of an earlier node"),
+        (lambda g: g["nodes"].reverse(), "expected the name of an earlier node"),
+        (lambda g: g["nodes"].pop(), "expected one output"),
+        (lambda g: g["attributes"].update({"forward": {"constant": 0}}), "expected the name of an attribute"),
+    ],
+)
+def test_graphs_that_would_run_something(saved, tmp_path, change, text):
+    data = json.loads(zipfile.ZipFile(saved).read("graph.json"))
+    change(data["graph"])
+    refused(rewrite(saved, tmp_path / "a.pt2", graph=json.dumps(data)), text)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (EVIL, "expected a size"),
+        (["Pow", 10, 10**9], "expected a small power"),
+        (["__import__", "os"], "expected a function of sizes"),
+        (["FloorDiv", 1, 0], "the graph cannot be read"),
+        (1 << 70, "64 bits"),
+        (["Rational", 1, 2], "expected a whole number"),
+    ],
+)
+def test_sizes_are_never_evaluated(saved, tmp_path, size, text):
+    data = json.loads(zipfile.ZipFile(saved).read("graph.json"))
+    next(v for v in data["values"] if "tensor" in v and len(v["tensor"][0]) == 3)["tensor"][0][1] = size
+    refused(rewrite(saved, tmp_path / "a.pt2", graph=json.dumps(data)), text)
+
+
+def test_ops_of_other_libraries_where_they_are_named(tmp_path, monkeypatch):
+    library = torch.library.Library("strangers", "DEF")
+    library.define("twice(Tensor x) -> Tensor")
+    graph = fx.Graph()
+    graph.output(graph.call_function(torch.ops.strangers.twice.default, (graph.placeholder("x"),)))
+    trace = Trace(fx.GraphModule({}, graph), [GraphInput("x", None, "input")])
+    save_trace(tmp_path / "x.pt2", trace, [])
+    refused(tmp_path / "x.pt2", "strangers::twice is not taken from a file")
+    monkeypatch.setenv("CPCOMPILE_TRACE_LIBRARIES", "others,strangers")
+    assert structure_fingerprint(load_trace(tmp_path / "x.pt2").trace.gm) == structure_fingerprint(trace.gm)
+
+
+def test_every_kind_of_value_comes_back(tmp_path):
+    """Arguments, results, conditions, graphs within graphs, and sizes in expressions."""
+
+    def f(x, y):
+        n = x.shape[0]
+        halves = x.reshape(n, 2, -1).split([1, 1], 1)
+        taken = torch.cond(n > 4, lambda a: a.sin() * float("inf"), lambda a: a.cos(), (halves[1],))
+        filled = torch.full((n // 2 * 3 + 1,), -float("inf"), dtype=torch.bfloat16, device="cpu")
+        return taken.to(torch.float16), filled, y + n, x[..., 1:3:2], torch.arange(5.0)[: y.shape[0]]
+
+    x, y = torch.ones(6, 8), torch.ones(3, dtype=torch.int64)
+    torch._dynamo.mark_dynamic(x, 0)
+    trace = capture(f, x, y)
+    save_trace(tmp_path / "x.pt2", trace, [])
+    found = load_trace(tmp_path / "x.pt2").trace.gm
+    assert structure_fingerprint(found) == structure_fingerprint(trace.gm)
+    for a, b in zip(trace.gm.graph.nodes, found.graph.nodes, strict=True):
+        assert (a.name, a.op, a.target if a.op != "get_attr" else "", str(a.args)) == (
+            b.name, b.op, b.target if b.op != "get_attr" else "", str(b.args),
+        )  # fmt: skip
+        assert str(a.meta.get("val")) == str(b.meta.get("val")), a
 
 
 def test_inputs_that_do_not_fit_the_graph(saved, tmp_path):
