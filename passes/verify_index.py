@@ -121,6 +121,20 @@ def is_row_major(dims: Dims) -> bool:
 
 
 @functools.lru_cache(maxsize=65536)
+def is_permuted(dims: Dims) -> bool:
+    """Whether the tensor has each element of its content once, in whatever order."""
+    pending = [digit for dim in dims for digit in dim]
+    stride: Size = 1
+    while pending:
+        found = next((digit for digit in pending if digit[1] == stride), None)
+        if found is None:
+            return False
+        pending.remove(found)
+        stride = times(stride, found[0])
+    return True
+
+
+@functools.lru_cache(maxsize=65536)
 def regroup(dims: Dims, sizes: Shape) -> Dims | None:
     """The digits after a row-major view to ``sizes`` (one may be -1), None where digits would have to be cut apart."""
     if -1 in sizes:
@@ -209,6 +223,19 @@ class Split:
                 digits.append((size, stride))
             found.append(tuple(digits))
         return tuple(found)
+
+    def rows_apart(self, dims: Dims, at: int, old: Size, new: Size) -> tuple[Dims, Size, Size] | None:
+        """The digits with ``new`` rows for the ``old`` ones of dim ``at``, ``pre`` and ``post``; others lie anywhere.
+
+        None where that dim holds more than rows, or some element of the content is there twice or not at all.
+        """
+        if len(dims[at]) != 1 or dims[at][0][0] != old or not is_permuted(dims):
+            return None
+        post = dims[at][0][1]
+        rest, pre = self.rescale(dims, old, new, post), divide(product(shape(dims)), times(old, post))
+        if rest is None or pre is None:
+            return None
+        return (*rest[:at], ((new, post),), *rest[at + 1 :]), pre, post
 
     def wholes(self, dims: Dims, post: Size) -> tuple[tuple[Dims, Rows], ...]:
         """What a shard in ``[pre, L, post]`` may be rows of: the digits of the whole, and the dim of its rows.

@@ -156,21 +156,25 @@ class Mover:
         return replace(value, pieces=pieces, dims=dims, extent="L", pre=pre, post=post, partial=False)
 
     def _padded(self, value: Value, args: Mapping[str, Argument]) -> Value | None:
-        """All tokens and zeros up to ``N``, of a value whose elements are in order."""
+        """All tokens and zeros up to ``N``, of a value whose tokens are a dim of their own."""
         amounts, sizes = args["pad"], shape(value.dims)
         assert isinstance(amounts, tuple)
         padded = [len(sizes) - 1 - k // 2 for k, amount in enumerate(amounts) if k % 2 and amount != 0]
-        if len(padded) != 1 or any(amounts[::2]) or not value.whole or not is_row_major(value.dims):
-            return None
-        if self.split.layout != "contiguous":
+        if len(padded) != 1 or any(amounts[::2]) or not value.whole or self.split.layout != "contiguous":
             return None
         at, amount = padded[0], amounts[2 * (len(sizes) - 1 - padded[0]) + 1]
         if sizes[at] != self.split.tokens or args["value"] not in (0, 0.0):
             return None
         if not same(amount + self.split.tokens, self.split.padded):
             raise Refused(f"expected zeros up to {self.split.padded} rows; found {amount} of them", 1)
-        pre, post = product(sizes[:at]), product(sizes[at + 1 :])
-        dims = row_major((*sizes[:at], self.split.padded, *sizes[at + 1 :]))
+        if is_row_major(value.dims):
+            pre, post = product(sizes[:at]), product(sizes[at + 1 :])
+            dims = row_major((*sizes[:at], self.split.padded, *sizes[at + 1 :]))
+            return Value(((value.content, post),), dims, "N", pre, post, value.partial)
+        rows = self.split.rows_apart(value.dims, at, self.split.tokens, self.split.padded)
+        if rows is None:
+            return None
+        dims, pre, post = rows
         return Value(((value.content, post),), dims, "N", pre, post, value.partial)
 
     def _dealt(self, name: str, value: Value, args: Mapping[str, Argument]) -> Value | None:
@@ -209,8 +213,10 @@ class Mover:
             rest = self.split.rescale(value.dims, self.split.padded, self.split.tokens, value.post)
             if rest is not None and same(first, 0) and same(last, self.split.tokens) and not value.partial:
                 return self._unpadded(value, (*rest[:dim], ((self.split.tokens, value.post),), *rest[dim + 1 :]))
-        if not is_row_major(value.dims) or args["step"] != 1 or value.partial or value.extent == "L":
+        if args["step"] != 1 or value.partial or value.extent == "L":
             return None
+        if not is_row_major(value.dims):
+            return self._own_apart(value, dim, first, last)
         pre, post = product(sizes[:dim]), product(sizes[dim + 1 :])
         told = value.extent == "N"
         if sizes[dim] != self.split.padded or (told and pre != value.pre):
@@ -227,6 +233,18 @@ class Mover:
             bounds = f"0:{self.split.tokens} or {mine}:{mine + self.split.local}"
             raise Refused(f"expected rows {bounds} of the padded ones; found {first}:{last}", 2)
         return None
+
+    def _own_apart(self, value: Value, dim: int, first: Size, last: Size) -> Value | None:
+        """This rank's rows, which are a dim of their own, wherever the others lie."""
+        mine = times(self.split.local, self.split.rank)
+        if len(value.pieces) != 1 or not same(first, mine) or not same(last, mine + self.split.local):
+            return None
+        rows = self.split.rows_apart(value.dims, dim, self.split.padded, self.split.local)
+        if rows is None:
+            return None
+        if not self.original.replicated[value.content]:
+            raise Refused(f"expected a value that all ranks share; found own rows of {self.describe(value)}", 2)
+        return self._own(value, rows[0], rows[2])
 
     def _unpadded(self, value: Value, dims: Dims) -> Value:
         """All tokens of ``value`` and no more, as ``dims``."""

@@ -31,7 +31,11 @@ _REDUCE: Mapping[str, Callable[[Sequence[Tensor]], Tensor]] = {
 
 
 class Stuck(Exception):
-    """The ranks cannot go on together, or one of them fails."""
+    """The ranks cannot go on together."""
+
+
+class Failed(Stuck):
+    """An op of one rank raises: nothing that goes unseen."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def _run(
             try:
                 env[node] = node.target(*args, **kwargs)
             except Exception as error:
-                raise Stuck(f"rank {rank}: {node.format_node()}: {str(error).splitlines()[:1]}") from error
+                raise Failed(f"rank {rank}: {node.format_node()}: {str(error).splitlines()[:1]}") from error
     raise AssertionError("a graph without outputs")
 
 

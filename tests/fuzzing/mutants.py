@@ -16,7 +16,7 @@ from cpcompile import pipeline
 from cpcompile.axes import Axis
 from cpcompile.passes.materialise import fake_mode_of
 from cpcompile.pipeline import copy_graph
-from fuzzing.interpreter import Stuck, difference, run_world
+from fuzzing.interpreter import Failed, Stuck, difference, run_world
 from fuzzing.mutations import KINDS, Mutation, NotHere
 from fuzzing.programs import Sample
 from fuzzing.trials import attempt, call_inputs, changed, counts_of
@@ -62,12 +62,18 @@ class Subject:
         return not refused
 
     def differ(self, graphs: Sequence[fx.GraphModule], seeds: Sequence[int]) -> str:
-        """How the numbers of ``graphs`` differ from the original's; empty if they do not."""
+        """How the numbers of ``graphs`` differ from the original's; empty if they do not.
+
+        Raises:
+            Failed: an op of ``graphs`` does not run.
+        """
         for seed in seeds:
             inputs = self.steps(seed)
             wanted = run_world(self.world, self.originals, inputs)
             try:
                 told = difference(wanted, run_world(self.world, graphs, self.steps(seed)), self.tolerance)
+            except Failed:
+                raise
             except Stuck as stuck:
                 told = str(stuck)
             if told:
@@ -130,7 +136,7 @@ class Mutant:
     Args:
         kind: a key of ``KINDS``.
         verdict: ``"refused"``, ``"equivalent"`` (accepted, and the numbers are the same), ``"survivor"`` (accepted, and
-            they are not: a fault).
+            they are not: a fault), ``"raises"`` (accepted, and an op refuses to run, as a view of strided memory does).
         detail: what it changed, and how the numbers differ.
     """
 
@@ -158,7 +164,10 @@ def mutate(subject: Subject, kind: str, seed: int) -> Mutant | None:
 def _judged(subject: Subject, kind: str, graphs: Sequence[fx.GraphModule], told: str) -> Mutant:
     if not subject.holds(graphs):
         return Mutant(kind, "refused", told)
-    differ = subject.differ(graphs, range(6))
+    try:
+        differ = subject.differ(graphs, range(6))
+    except Failed as failed:
+        return Mutant(kind, "raises", f"{told}: {failed}")
     return Mutant(kind, "survivor" if differ else "equivalent", f"{told}: {differ}")
 
 

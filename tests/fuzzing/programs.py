@@ -188,7 +188,7 @@ def sample(seed: int, switches: Switches = ALL, most: int = 9) -> Sample:
     gm = record(program, inputs, dict(sorted(letters.items())))
     _prune(gm)
     kept = {n.target for n in gm.graph.find_nodes(op="placeholder")}
-    graphs = [_of_rank(gm, made[0].constants, rank) for rank in range(world.size)]
+    graphs = [of_rank(gm, made[0].constants, rank) for rank in range(world.size)]
     names = [s.__name__ for s in chosen]
     return Sample(seed, len(chosen), world, form, graphs, [i for i in inputs if i.name in kept], names, default_axes)
 
@@ -225,7 +225,7 @@ def _prune(gm: fx.GraphModule) -> None:
     gm.recompile()
 
 
-def _of_rank(gm: fx.GraphModule, constants: Sequence[tuple[float, ...]], rank: int) -> fx.GraphModule:
+def of_rank(gm: fx.GraphModule, constants: Sequence[tuple[float, ...]], rank: int) -> fx.GraphModule:
     """The graph with the constants of ``rank``; fake tensors are those of ``gm``."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
