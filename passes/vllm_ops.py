@@ -113,8 +113,9 @@ def count_rows_of_what_is_read(graph: fx.Graph, result: PassResult) -> None:
         now, place = _operand(node, op, counted)
         if now in read:
             continue
-        alike = next((operand for operand in read if _rows(operand) == _rows(now)), None)
-        if alike is None:
+        rows = _rows(now)
+        alike = next((operand for operand in read if _rows(operand) == rows), None)
+        if alike is None or rows is None:
             result.refuse(node, f"{op_name(op)}: no operand that it reads has as many rows as {counted}")
             continue
         if isinstance(place, int):
@@ -132,9 +133,10 @@ def _operand(node: fx.Node, op: OpOverload, name: str) -> tuple[Any, int | str]:
     return node.kwargs.get(name), name
 
 
-def _rows(node: fx.Node) -> tuple[Expr, torch.device]:
-    value = node.meta["val"] if "val" in node.meta else node.meta["example_value"]
-    return size_expr(value.shape[0]), value.device
+def _rows(node: fx.Node) -> tuple[Expr, torch.device] | None:
+    """Number of rows and device; None where that is not known."""
+    value = node.meta.get("val", node.meta.get("example_value"))
+    return (size_expr(value.shape[0]), value.device) if isinstance(value, torch.Tensor) and value.ndim else None
 
 
 def _given(node: fx.Node, op: OpOverload) -> dict[str, Any] | None:

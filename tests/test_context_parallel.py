@@ -83,7 +83,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, what: object) -> None:
 
 def rewritten(compiled: Sequence[Compiled]) -> list[list[fx.GraphModule]]:
     """Every rewritten variant, as one graph per rank."""
-    assert not compiled[0].refused and all(p["holds"] for p in compiled[0].proofs)
+    assert not compiled[0].refused and compiled[0].proofs and all(p["holds"] for p in compiled[0].proofs)
     return [[c.variants[i].gm for c in compiled] for i, v in enumerate(compiled[0].variants) if v.steps]
 
 
@@ -315,7 +315,7 @@ def real_sizes(kind: str) -> Compiled:
 def test_one_gather_of_the_latent_in_each_layer(kind: str, latent: int) -> None:
     """Per layer and token one all-gather: keys as latent, rope keys and the indexer's keys, and nothing else."""
     compiled = real_sizes(kind)
-    assert not compiled.refused and all(p["holds"] for p in compiled.proofs)
+    assert not compiled.refused and compiled.proofs and all(p["holds"] for p in compiled.proofs)
     gathered = []
     for node in compiled.at(TOKENS).gm.graph.nodes:
         if is_collective(node):

@@ -80,7 +80,7 @@ def widths(gm: fx.GraphModule) -> list[tuple[str, Any]]:
 
 def rewritten(compiled: Sequence[Compiled]) -> list[fx.GraphModule]:
     for one in compiled:
-        assert not one.refused and all(p["holds"] for p in one.proofs), (one.refused, one.proofs)
+        assert not one.refused and one.proofs and all(p["holds"] for p in one.proofs), (one.refused, one.proofs)
         assert one.variants[-1].steps
     return [one.variants[-1].gm for one in compiled]
 

@@ -62,7 +62,7 @@ def calls(gm: fx.GraphModule, name: str) -> list[fx.Node]:
 def gathered(layer: type[Layer]) -> list[int]:
     """Widths of the gathers, in order; behind them is one all-reduce of each request's last row."""
     compiled = real_sizes(layer).compiled[0]
-    assert not compiled.refused and all(p["holds"] for p in compiled.proofs)
+    assert not compiled.refused and compiled.proofs and all(p["holds"] for p in compiled.proofs)
     *gathers, last = [n for n in compiled.at(TOKENS).gm.graph.nodes if is_collective(n)]
     assert "all_reduce" in op_name(last.target)
     widths = []

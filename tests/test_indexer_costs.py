@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch.fx as fx
 from test_sparse_attention_placement import LAYERS, LONG, SHORT, SIZE, compiled
 
 from cpcompile.compiled import Compiled, Step
@@ -123,13 +124,19 @@ def step_at(tokens: int) -> Step:
     return step
 
 
+def indexers(step: Step) -> list[fx.Node]:
+    found = list(filter(is_indexer, step.graph.number))
+    assert len(found) == LAYERS
+    return found
+
+
 @pytest.mark.parametrize("tokens", [1, 128, 181, LONG])
 def test_the_terms_are_what_the_whole_problem_changes_by(tokens: int) -> None:
     """Against the solver on every op of the graph, all of them held but the indexer and its queries' ops."""
     step = step_at(tokens)
     model = IndexerModel(step.graph, step.interval, tokens)
     problem = step.graph.problem(tokens, A3)
-    for node in filter(is_indexer, step.graph.number):
+    for node in indexers(step):
         number = step.graph.number[node]
         costs = model.costs(number)
         free = {n for n, op in enumerate(problem.ops) if n in model._with_queries_ops(number)}
@@ -150,7 +157,7 @@ def test_the_terms_are_what_the_whole_problem_changes_by(tokens: int) -> None:
 def test_its_queries_ops_are_of_the_same_module_and_make_no_keys() -> None:
     step = step_at(LONG)
     model = IndexerModel(step.graph, step.interval, LONG)
-    for node in filter(is_indexer, step.graph.number):
+    for node in indexers(step):
         ops = [step.graph.choices[n].node for n in model._with_queries_ops(step.graph.number[node])]
         assert {"mm", "lightning_indexer"} <= {op.target.overloadpacket.__name__ for op in ops}
         read = {use.value for use in model.problem.uses if use.op == step.graph.number[node]}

@@ -143,10 +143,9 @@ def data_and_tensor_parallel(kind: str, share: int, strategy: str) -> World:
 def test_replicas_share_modules(kind: str, share: int, strategy: str) -> None:
     world = data_and_tensor_parallel(kind, share, strategy)
     for compiled in world.compiled:
-        assert (compiled.sharing is not None and not compiled.sharing.new.keys() - {world.roles[0]["mlp"]}) or True
         shared = [row.role for row in compiled.sharing.rows if row.decision == "share"]
         assert shared == ["embedding", "o_proj", "mlp", "o_proj", "lm_head"]
-        assert all(p["holds"] for p in compiled.proofs)
+        assert compiled.proofs and all(p["holds"] for p in compiled.proofs)
     for counts in ([0, 1, 7, 8], [8, 7, 1, 0], [3, 3, 3, 3]):
         every = [tokens for tokens in counts for _ in range(TP)]
         for rank, (tokens, found) in enumerate(zip(every, world.run(every), strict=True)):
@@ -204,7 +203,7 @@ def test_flashcomm2_through_the_pipeline(otp: int, strategy: str, layered: bool)
     methods = ["flashcomm2"] + ["layers"] * layered
     for compiled in world.compiled:
         assert [p["method"] for p in compiled.proofs if p["method"] != "static"] == methods
-        assert all(p["holds"] for p in compiled.proofs) and compiled.sharing is not None
+        assert compiled.proofs and all(p["holds"] for p in compiled.proofs) and compiled.sharing is not None
         assert [r.decision for r in compiled.sharing.rows] == ["share"] * (4 if layered else 2)
     for tokens in (1, 3, 4, 9, 17):
         for rank, found in enumerate(world.run([tokens] * 4)):
@@ -270,7 +269,8 @@ def test_ranks_that_split_the_tokens_share_modules(kind: str, share: int, roles:
 def test_ranks_with_the_same_tokens_bring_nothing_together() -> None:
     """Few tokens are not split: every rank has all rows, multiplies by its part, and the parts are summed or joined."""
     world, tokens = context_parallel("v3", 2, MODULES, "auto"), 2
-    assert not any(step.interval.raises for step in world.compiled[0].at(tokens).steps)
+    few, many = (world.compiled[0].at(count).steps for count in (tokens, 1 << 20))
+    assert few and not any(step.interval.raises for step in few) and any(step.interval.raises for step in many)
     graph = world.compiled[0].at(tokens).gm
     moved = [op_name(n.target).split("::")[1] for n in graph.graph.nodes if is_collective(n)]
     assert moved == ["all_reduce"] * 4 + [

@@ -60,7 +60,9 @@ def test_cosines_of_pairs_are_repeated_once_for_all() -> None:
     gm = traced(interleaved, query.transpose(1, 2).contiguous().transpose(1, 2), *others, mode="fake")
     NpuRope()(gm)
     assert targets(gm).count("aten.cat.default") == 2
-    for call in gm.graph.find_nodes(op="call_function", target=torch.ops.npu.npu_interleave_rope.default):
+    calls = gm.graph.find_nodes(op="call_function", target=torch.ops.npu.npu_interleave_rope.default)
+    assert len(calls) == 2
+    for call in calls:
         assert all(node.meta["val"].is_contiguous() for node in call.all_input_nodes)
 
 

@@ -107,6 +107,8 @@ def test_ranks_have_the_same_rows(function: Callable[..., Tensor], size: int) ->
 
 
 def test_a_known_number_of_rows_leaves_nothing_to_compute() -> None:
+    unknown = sized(functools.partial(scattered), 4)
+    assert uneven(2, 4)(unknown).rewrites == 1 and [t for t in targets(unknown) if "built-in" in t]
     gm = traced(lambda x: scattered(x, 4), signs(5, WIDTH), mode="fake")
     assert uneven(2, 4)(gm).rewrites == 1
     (call,) = gm.graph.find_nodes(op="call_function", target=SCATTER)

@@ -176,7 +176,7 @@ def test_every_all_reduce_is_scattered() -> None:
     before = [kind for kind, _ in of_axis(compiled.original)]
     assert len(rows) == before.count("all_reduce") == 1 + 2 * LAYERS + 1  # the MoE layer has two
     assert {c.decision for c in rows} == {"scatter", "merge"}
-    assert all(p["holds"] for p in compiled.proofs)
+    assert compiled.proofs and all(p["holds"] for p in compiled.proofs)
 
 
 def test_only_the_latent_is_gathered_before_attention() -> None:

@@ -98,8 +98,8 @@ def test_bfloat16_is_as_near_to_the_truth(attention: str) -> None:
     model, trace = traced(1, attention, 1, torch.bfloat16)
     gm, truth = copied(trace), copy.deepcopy(model).float()
     assert RecogniseSparseAttention()(gm).rewrites == 1
-    for node in gm.graph.find_nodes(op="call_function", target=OURS[0]):
-        assert [n.meta["val"].dtype for n in node.args[:2]] == [torch.bfloat16] * 2  # casts are inside
+    (node,) = gm.graph.find_nodes(op="call_function", target=OURS[0])
+    assert [n.meta["val"].dtype for n in node.args[:2]] == [torch.bfloat16] * 2  # casts are inside
     before = after = 0.0
     for tokens in range(1, 10):
         ids = ids_of(1, tokens)

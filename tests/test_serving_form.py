@@ -92,7 +92,8 @@ def close(found: Tensor, expected: Tensor, what: object) -> None:
 def check(size: int, *steps: Step, layer: type[Layer] = Layer) -> None:
     """Steps of every rank from the caches that it wrote itself."""
     made = ranks(size, 3 if len(steps[0][0]) > 1 else 1, layer)
-    assert not made.compiled[0].refused and all(p["holds"] for p in made.compiled[0].proofs) and made.rewritten
+    proofs = made.compiled[0].proofs
+    assert not made.compiled[0].refused and proofs and all(p["holds"] for p in proofs) and made.rewritten
     for graphs in made.rewritten:
         every = [[c.clone() for c in prefilled(layer, steps[0][1])] for _ in made.axes]
         for step, (expected, caches) in zip(steps, unsharded(layer, steps), strict=True):
@@ -163,6 +164,7 @@ def test_every_rank_runs_npu_calls_on_its_rows(layer: type[Layer], calls: int) -
     (rewritten,) = made.rewritten
     graphs = [fx.GraphModule(gm, copy_graph(gm.graph)) for gm in rewritten]
     for gm in graphs:
+        assert sum("paged" in str(n.target) for n in gm.graph.nodes) == calls
         result = NpuAttention()(gm)
         assert result.rewrites == calls and not result.refusals
         assert not any("paged" in str(n.target) for n in gm.graph.nodes)
@@ -191,7 +193,7 @@ def real_sizes(layer: type[Layer]) -> Ranks:
 def test_one_gather_in_each_layer(layer: type[Layer], latent: int) -> None:
     """Per layer and token one all-gather: latents, rotated keys and index keys; then each request's last row."""
     compiled = real_sizes(layer).compiled[0]
-    assert not compiled.refused and all(p["holds"] for p in compiled.proofs)
+    assert not compiled.refused and compiled.proofs and all(p["holds"] for p in compiled.proofs)
     *layers, last = [n for n in compiled.at(TOKENS).gm.graph.nodes if is_collective(n)]
     for node in layers:
         assert "all_gather" in op_name(node.target), node

@@ -91,7 +91,8 @@ def test_declared_facts_are_stored_too(captured, tmp_path):
     trace, axes = captured
     save_trace(tmp_path / "x.pt2", trace, axes, ["*"])
     found = load_trace(tmp_path / "x.pt2")
-    assert all(context_of(found.trace.gm).replicated["tp"].values())
+    replicated = context_of(found.trace.gm).replicated["tp"]
+    assert replicated and all(replicated.values())
     shards = [
         n for n, i in zip(unique_names(trace.inputs), trace.inputs, strict=True) if type(i.value) is torch.nn.Parameter
     ]
