@@ -31,7 +31,6 @@ from cpcompile.graph_inputs import GraphInput, unique_names
 from cpcompile.layouts import KINDS
 from cpcompile.passes.collectives import group_name_of, is_collective
 from cpcompile.passes.context import KEY, GraphContext
-from cpcompile.pipeline import unique_names
 from cpcompile.replication import InputFact, Kind, input_facts
 from cpcompile.trace_reader import GraphReader
 from cpcompile.trace_sizes import checked, integer, told

@@ -73,7 +73,7 @@ class GraphReader:
         for about in checked(found.get("nodes"), list, "nodes"):
             node = self._node(graph, checked(about, dict, "a node"), made)
             made[node.name] = node
-        if not made or next(reversed(graph.nodes)).op != "output" or len(graph.find_nodes(op="output")) != 1:
+        if not made or next(iter(reversed(graph.nodes))).op != "output" or len(graph.find_nodes(op="output")) != 1:
             raise TraceError("expected one output, the last node of the graph")
         graph.lint()
         return fx.GraphModule(root, graph)
