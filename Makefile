@@ -18,13 +18,17 @@ SGLANG := $(SGLANG_VENV)/.installed
 # Torch_npu is for the tests that lower to Ascend alone, which look for it in $(VENV)/ascend: on the path of all, PyTorch and
 # the transformers library would import it, and that fails where CANN is not installed.
 
-.PHONY: demo test test-vllm test-sglang lint bench fuzz clean
+.PHONY: demo test matrix test-vllm test-sglang lint bench fuzz clean
 
 demo: $(DEMO)
 	$(BIN)/python examples/demo.py
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# All models × attention × dynamic through torch.compile on two ranks: half an hour. The core of it is in `make test`.
+matrix: $(TEST)
+	CPCOMPILE_MATRIX=all $(BIN)/python -m pytest -q -s tests/run/test_matrix_gloo.py
 
 # Real vLLM on the CPU; its packages do not go together with the others'.
 test-vllm: $(VLLM)

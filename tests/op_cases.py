@@ -8,6 +8,8 @@ import vllm_ops  # noqa: F401  defines the ops
 from op_calls import Op, X, b, c, f, i, i32, op, rising
 from torch._ops import OpOverload
 
+import cpcompile.paged_ops  # noqa: F401  defines the ops
+
 A = torch.ops.aten
 SAME = f(6, 4, 8)
 KEYS = f(2, 3, 6, 4)
