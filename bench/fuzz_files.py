@@ -48,7 +48,7 @@ def main() -> int:
             "--save-plan",
             str(folder / "plan.json"),
         ]
-        assert not corrupted.judge("honest", saving).status and Plan.load(folder / "plan.json").axes
+        assert not corrupted.judge("honest", folder / "toy.pt2", saving).status and Plan.load(folder / "plan.json").axes
         differ = ["plan", "diff", str(folder / "plan.json")]
         commands = {
             "plan.json": lambda path: [*differ, str(path)],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import operator
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -19,7 +21,9 @@ from cpcompile.trace_sizes import checked, told
 LIBRARIES = frozenset(
     {"aten", "prims", "_c10d_functional", "c10d_functional", "_dtensor", "cpcompile", "npu", "vllm", "vllm_ir", "_C"}
     | {"_C_cache_ops", "_moe_C", "sgl_kernel", "sglang", "quantized_decomposed", "torchao"}
+    | {"transformers"}
 )
+_DEFINED_IN = {"transformers": "transformers.integrations.moe"}  # libraries that nothing else here imports
 _FILES = frozenset({"aten::from_file"})  # reads and makes files
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     **{f"operator.{n}": getattr(operator, n) for n in ("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod")},
@@ -66,6 +70,9 @@ def target_of(name: object, libraries: Collection[str]) -> Callable[..., Any]:
     library, op, overload = parts.groups()
     if library not in {*LIBRARIES, *libraries} or f"{library}::{op}" in _FILES:
         raise TraceError(f"{library}::{op} is not taken from a file: name its library in CPCOMPILE_TRACE_LIBRARIES")
+    if library in _DEFINED_IN and not hasattr(getattr(torch.ops, library), op):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(_DEFINED_IN[library])
     packet = getattr(getattr(torch.ops, library), op, None)
     found = getattr(packet, overload, None) if isinstance(packet, torch._ops.OpOverloadPacket) else None
     if not isinstance(found, OpOverload):

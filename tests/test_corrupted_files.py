@@ -31,7 +31,7 @@ def test_traces(tmp_path, monkeypatch):
         model, args = toy(mesh)
         save_trace(tmp_path / "toy.pt2", capture(model, *args), [axis_of("tp", mesh["tp"])])
     data = (tmp_path / "toy.pt2").read_bytes()
-    check(trial(tmp_path, data, ".pt2", 60, 0, lambda path: ["explain", str(path), "--profile", "ascend-a3"]))
+    check(trial(tmp_path, data, ".pt2", 30, 0, lambda path: ["explain", str(path), "--profile", "ascend-a3"]))
 
 
 def test_plans(tmp_path, monkeypatch):
