@@ -14,13 +14,14 @@ from torch import Tensor
 
 from cpcompile.axes import Axis
 from cpcompile.capture import lower_inference
+from cpcompile.passes.base import PassResult
 from cpcompile.passes.canonicalise import Canonicalise
 from cpcompile.passes.module_roles import find_modules
 from cpcompile.passes.placement_rules import find_rule
 from cpcompile.passes.token_dims import annotate
 from cpcompile.passes.verify_arguments import sees_more
 from cpcompile.passes.verify_static import prove
-from cpcompile.passes.vllm_ops import OPAQUE, VllmOps, inner_op, why_whole
+from cpcompile.passes.vllm_ops import OPAQUE, VllmOps, count_rows_of_what_is_read, inner_op, why_whole
 
 IR, VLLM = torch.ops.vllm_ir, torch.ops.vllm
 FUNCTIONALISED = torch.ops.higher_order.auto_functionalized_v2
@@ -150,6 +151,29 @@ def test_an_indexer_is_given_what_it_reads_where_it_counts_rows(is_input: bool) 
     assert result.rewrites == 1 + is_input and not result.refusals and call not in hidden.users
     torch.testing.assert_close(gm(*[a.clone() for a in values])[-1], f(*[a.clone() for a in given]))
     assert VllmOps()(gm).rewrites == 0
+
+
+def test_an_indexer_in_dynamos_graph_too() -> None:
+    """Before vLLM cuts it at the op: what the op is given leaves a piece whole."""
+    found: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        found.append(gm)
+        return gm.forward
+
+    def f(hidden: Tensor, buffer: Tensor) -> Tensor:
+        index(hidden, "layer 0", hidden[:, :1] + 1, buffer)
+        return hidden * 2
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(f, backend=backend, fullgraph=True, dynamic=True)(torch.ones(5, 2), torch.zeros(8, 1))
+    for rewrites in (1, 0):
+        result = PassResult()
+        count_rows_of_what_is_read(found[0].graph, result)
+        assert result.finish(found[0]).rewrites == rewrites and not result.refusals
+    (call,) = [n for n in found[0].graph.nodes if "sparse_attn_indexer" in str(n.target)]
+    assert call.args[0] is call.args[2] and "add" in str(call.args[0].target)
 
 
 def test_an_indexer_keeps_an_operand_whose_rows_no_other_has() -> None:
