@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,18 @@ ARRIVALS += [(prompt(65), 11), (BRANCH, 11), (prompt(LONG), 11)]
 
 
 def job(engines: dict[str, Any]) -> dict[str, Any]:
-    return {"engines": engines, "arrivals": ARRIVALS, "new_tokens": NEW_TOKENS}
+    return {"engines": engines, "arrivals": ARRIVALS, "new_tokens": NEW_TOKENS, "plain_router": True}
+
+
+def tokens_of(steps: list[dict[str, tuple[int, int]]]) -> set[int]:
+    """Tokens of each step."""
+    return {sum(count for _, count in step.values()) for step in steps}
+
+
+def rewritten(log: str, rank: int) -> list[tuple[int, ...]]:
+    """What a rank of two logged of each interval of token counts: the least, all-reduces rewritten, all of them."""
+    line = rf"cpcompile: T (?:in \[|>= )(\d+).*, rank {rank} of 2 of axis tp: (\d+) of (\d+) all-reduces rewritten"
+    return [tuple(map(int, found)) for found in re.findall(line, log)]
 
 
 def checked(done: Done) -> Done:
@@ -45,9 +57,7 @@ def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
 @torch.no_grad()
 def transformers_says(folder: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[dict[str, Any]]:
     """Greedy tokens of each prompt, the whole sequence read again for each of them."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = _load(folder)
     answers = []
     for ids in prompts:
         tokens: list[int] = []
@@ -58,3 +68,21 @@ def transformers_says(folder: Path, prompts: Sequence[Sequence[int]], new_tokens
             chosen.append(float(scores.max()))
         answers.append({"tokens": tokens, "logprobs": chosen})
     return answers
+
+
+@torch.no_grad()
+def right(folder: Path, prompts: Sequence[Sequence[int]], found: list[dict[str, Any]]) -> None:
+    """Check that transformers goes on with each answer's next token, behind the prompt and all that comes before it."""
+    model = _load(folder)
+    expected = []
+    for ids, answer in zip(prompts, found, strict=True):
+        read = torch.tensor([[*ids, *answer["tokens"][:-1]]])
+        scores = model(input_ids=read, use_cache=False).logits[0, len(ids) - 1 :].log_softmax(-1)
+        expected.append({"tokens": scores.argmax(-1).tolist(), "logprobs": scores.max(-1).values.tolist()})
+    same(found, expected)
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -2,9 +2,10 @@
 
 ``generate.py JOB.json``, alone or under torchrun. The job: ``engines`` (name → arguments of ``LLM``), ``arrivals``
 (a prompt and the number of engine steps after which it arrives), ``new_tokens``, and ``out``: rank r writes ``out.r``.
-With ``die_at`` rank 1 kills itself at that step; with ``pieces`` vLLM compiles piece by piece on this platform too, and
-with ``chunks`` it prefills in chunks and takes prefixes from its cache; with ``shares`` data-parallel replica r gets
-the arrivals numbered in ``shares[r]``. What an engine said comes with the steps of its scheduler (``watch.py``).
+With ``plain_router`` vLLM compiles no router; with ``die`` it answers again, and rank 1 kills itself at a step; with
+``pieces`` vLLM compiles piece by piece on this platform too, and with ``chunks`` it prefills in chunks and takes
+prefixes from its cache; with ``shares`` data-parallel replica r gets the arrivals numbered in ``shares[r]``. What an
+engine said comes with the steps of its scheduler (``watch.py``).
 """
 
 from __future__ import annotations
@@ -25,9 +26,13 @@ import replicas_on_cpu
 import watch
 from processes import ENGINE
 
+DIE_AT = 5  # steps
+
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
+    if job.get("plain_router"):
+        route_op_by_op()
     dense_indexer.install()
     if "RANK" in os.environ:
         watch.keep_apart()
@@ -37,11 +42,20 @@ def main() -> None:
         chunks_on_cpu.install()
     if job.get("shares"):
         replicas_on_cpu.install()
-    told = {name: _engine(arguments, job) for name, arguments in job["engines"].items()}
-    Path(f"{job['out']}.{os.environ.get('RANK', '0')}").write_text(json.dumps(told))
+    told: dict[str, Any] = {}
+    for name, arguments in job["engines"].items():
+        _engine(name, arguments, job, told)
 
 
-def _engine(arguments: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
+def route_op_by_op() -> None:
+    """Run the router as it is, which vLLM compiles apart from the model: a C++ compiler takes it half a minute."""
+    from vllm.platforms import current_platform
+
+    type(current_platform).simple_compile_backend = "eager"
+
+
+def _engine(name: str, arguments: dict[str, Any], job: dict[str, Any], told: dict[str, Any]) -> None:
+    """What the engine called ``name`` said joins ``told``, which is written."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -54,13 +68,16 @@ def _engine(arguments: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     ready, busy = time.perf_counter(), sum(os.times()[:4]) - busy
     steps = watch.listen(llm.llm_engine.engine_core.engine_core)
     answers = _generate(llm.llm_engine, job)
-    done = time.perf_counter()
+    # Processor time, children's included, says more than the clock on a machine that others use too.
+    spent = {"start_up_s": ready - began, "start_up_cpu_s": busy, "backend_cpu_s": sum(backend)}
+    spent["generate_s"] = time.perf_counter() - ready
+    told[name] = {"answers": answers, "steps": list(steps), "idle": steps.count({}), **spent}
+    Path(f"{job['out']}.{os.environ.get('RANK', '0')}").write_text(json.dumps(told))
+    if job.get("die"):
+        _generate(llm.llm_engine, {**job, "die_at": DIE_AT})
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()
-    # Processor time, children's included, says more than the clock on a machine that others use too.
-    spent = {"start_up_s": ready - began, "start_up_cpu_s": busy, "backend_cpu_s": sum(backend)}
-    return {"answers": answers, "steps": steps, "idle": steps.count({}), "generate_s": done - ready, **spent}
 
 
 def _generate(engine: Any, job: dict[str, Any]) -> list[dict[str, Any]]:

@@ -52,13 +52,13 @@ FIELDS: dict[str, Any] = {
 INDEXER = {"index_n_heads": 4, "index_head_dim": 128, "index_topk": 256}
 
 
-def make_folder(folder: Path, kind: str) -> Path:
-    """Write a model of ``kind`` ("v3" or "v32") into ``folder``; the same weights every time."""
+def make_folder(folder: Path, kind: str, **fields: Any) -> Path:
+    """Write a model of ``kind`` ("v3" or "v32"), ``fields`` on top, into ``folder``; the same weights every time."""
     if kind == "v3":
-        config: Any = DeepseekV3Config(first_k_dense_replace=1, **FIELDS)
+        config: Any = DeepseekV3Config(first_k_dense_replace=1, **{**FIELDS, **fields})
     else:
         layers = ["dense"] + ["sparse"] * (LAYERS - 1)
-        config = DeepseekV32Config(mlp_layer_types=layers, **{**FIELDS, **INDEXER})
+        config = DeepseekV32Config(mlp_layer_types=layers, **{**FIELDS, **INDEXER, **fields})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)

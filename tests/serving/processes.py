@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ ENGINE: dict[str, Any] = {
     "seed": 0,
 }
 IN_PIECES = {"mode": "VLLM_COMPILE"}
+#: What vLLM finds out about a model's class, for which it starts a process: once for all starts of this one.
+_MODEL_CLASSES = tempfile.TemporaryDirectory()
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,9 @@ def start_ranks(folder: Path, job: Mapping[str, Any]) -> Iterator[list[subproces
 def start(given: list[str], folder: Path, log: IO[str], **env: str) -> subprocess.Popen[bytes]:
     """Start a process in a session of its own, which ``end`` ends with all that it has started."""
     environ = environment(VLLM_CACHE_ROOT=str(folder / "cache"), **env)
+    (folder / "cache").mkdir(exist_ok=True)
+    if not (folder / "cache" / "modelinfos").exists():
+        (folder / "cache" / "modelinfos").symlink_to(_MODEL_CLASSES.name)
     return subprocess.Popen(
         given, stdout=log, stderr=subprocess.STDOUT, env=environ, cwd=folder, start_new_session=True
     )
