@@ -12,7 +12,7 @@ from typing import Any
 import torch.fx as fx
 from torch._dispatch.python import enable_python_dispatcher
 
-from cpcompile import pipeline
+from cpcompile import axis_rewrite
 from cpcompile.axes import Axis
 from cpcompile.passes.materialise import fake_mode_of
 from cpcompile.pipeline import copy_graph
@@ -85,7 +85,7 @@ class Subject:
 def proofs_noted() -> Iterator[dict[int, list[Prove]]]:
     """Notes every proof that the pipeline runs, by rank, so that it can be refused about another rewritten graph."""
     noted: dict[int, list[Prove]] = {}
-    prove = pipeline.prove
+    prove = axis_rewrite.prove
 
     def note(before: fx.GraphModule, gm: fx.GraphModule, axis: Axis, *args: Any, **kwargs: Any) -> Any:
         def again(other: fx.GraphModule) -> bool:
@@ -94,11 +94,11 @@ def proofs_noted() -> Iterator[dict[int, list[Prove]]]:
         noted.setdefault(axis.ranks[axis.rank], []).append(again)
         return prove(before, gm, axis, *args, **kwargs)
 
-    pipeline.prove = note  # type: ignore[assignment]
+    axis_rewrite.prove = note  # type: ignore[assignment]
     try:
         yield noted
     finally:
-        pipeline.prove = prove
+        axis_rewrite.prove = prove
 
 
 def subject_of(sample: Sample, **options: Any) -> Subject | None:
