@@ -1,0 +1,188 @@
+"""A small DeepSeek model in the forms of a hand-written inference script: buffers for caches, in-place collectives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the model, whole; Its ranks split heads, inner columns and the vocabulary.
+
+    Args:
+        absorb: attention on cached latents, else on cached keys and values.
+    """
+
+    absorb: bool = True
+    vocab: int = 64
+    dim: int = 32
+    inner: int = 48
+    heads: int = 4
+    q_latent: int = 16
+    latent: int = 24
+    nope: int = 8
+    rope: int = 8
+    value: int = 8
+    batch: int = 2
+    length: int = 16
+
+
+class Weights:
+    """The same random numbers on every rank, and this rank's part of them."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int, split: int | None = None) -> nn.Parameter:
+        whole = torch.randn(shape, generator=self.generator) * shape[-1] ** -0.5
+        mine = whole if split is None else whole.chunk(self.world, split)[self.rank]
+        return nn.Parameter(mine.clone(), requires_grad=False)
+
+
+def summed(x: Tensor, world: int) -> Tensor:
+    if world > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def normed(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, 1e-6)
+
+
+def rotated(x: Tensor, rotations: Tensor) -> Tensor:
+    """``x [B, T, heads, D]`` as complex pairs times ``rotations [T, D / 2]``."""
+    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
+    turned = pairs * rotations.view(1, pairs.size(1), 1, pairs.size(-1))
+    return torch.view_as_real(turned).flatten(3).to(x.dtype)
+
+
+class Embedding(nn.Module):
+    def __init__(self, sizes: Sizes, weights: Weights) -> None:
+        super().__init__()
+        self.rows, self.world = sizes.vocab // weights.world, weights.world
+        self.first = weights.rank * self.rows
+        self.weight = weights(sizes.vocab, sizes.dim, split=0)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.world > 1:
+            elsewhere = (ids < self.first) | (ids >= self.first + self.rows)
+            ids = ids - self.first
+            ids[elsewhere] = 0
+        x = F.embedding(ids, self.weight)
+        if self.world > 1:
+            x[elsewhere] = 0
+            dist.all_reduce(x)
+        return x
+
+
+class Attention(nn.Module):
+    def __init__(self, sizes: Sizes, weights: Weights) -> None:
+        super().__init__()
+        self.sizes, self.world, s = sizes, weights.world, sizes
+        self.heads = s.heads // weights.world
+        self.q_down, self.q_norm = weights(s.q_latent, s.dim), weights(s.q_latent)
+        self.q_up = weights(s.heads * (s.nope + s.rope), s.q_latent, split=0)
+        self.kv_down, self.kv_norm = weights(s.latent + s.rope, s.dim), weights(s.latent)
+        self.kv_up = weights(s.heads * (s.nope + s.value), s.latent, split=0)
+        self.out = weights(s.dim, s.heads * s.value, split=1)
+        room = (s.batch, s.length)
+        if s.absorb:
+            self.register_buffer("latents", torch.zeros(*room, s.latent), persistent=False)
+            self.register_buffer("positions", torch.zeros(*room, s.rope), persistent=False)
+        else:
+            self.register_buffer("keys", torch.zeros(*room, self.heads, s.nope + s.rope), persistent=False)
+            self.register_buffer("values", torch.zeros(*room, self.heads, s.value), persistent=False)
+
+    def forward(self, x: Tensor, start: int, rotations: Tensor, mask: Tensor | None) -> Tensor:
+        s, (batch, tokens, _) = self.sizes, x.shape
+        end = start + tokens
+        query = normed(F.linear(x, self.q_down), self.q_norm)
+        q = F.linear(query, self.q_up).view(batch, tokens, self.heads, s.nope + s.rope)
+        q_nope, q_rope = q.split([s.nope, s.rope], -1)
+        q_rope = rotated(q_rope, rotations)
+        kv, k_rope = F.linear(x, self.kv_down).split([s.latent, s.rope], -1)
+        kv, k_rope = normed(kv, self.kv_norm), rotated(k_rope.unsqueeze(2), rotations)
+        scale = (s.nope + s.rope) ** -0.5
+        if s.absorb:
+            up = self.kv_up.view(self.heads, -1, s.latent)
+            q_nope = torch.einsum("bshd,hdc->bshc", q_nope, up[:, : s.nope])
+            self.latents[:batch, start:end] = kv
+            self.positions[:batch, start:end] = k_rope.squeeze(2)
+            latents, positions = self.latents[:batch, :end], self.positions[:batch, :end]
+            scores = torch.einsum("bshc,btc->bsht", q_nope, latents) + torch.einsum("bshr,btr->bsht", q_rope, positions)
+        else:
+            k_nope, v = F.linear(kv, self.kv_up).view(batch, tokens, self.heads, -1).split([s.nope, s.value], -1)
+            k = torch.cat([k_nope, k_rope.expand(-1, -1, self.heads, -1)], -1)
+            self.keys[:batch, start:end], self.values[:batch, start:end] = k, v
+            q = torch.cat([q_nope, q_rope], -1)
+            scores = torch.einsum("bshd,bthd->bsht", q, self.keys[:batch, :end])
+        scores = scores * scale
+        if mask is not None:
+            scores += mask.unsqueeze(1)
+        scores = scores.softmax(-1, dtype=torch.float32).type_as(x)
+        if s.absorb:
+            mixed = torch.einsum("bsht,btc->bshc", scores, self.latents[:batch, :end])
+            mixed = torch.einsum("bshc,hdc->bshd", mixed, up[:, -s.value :])
+        else:
+            mixed = torch.einsum("bsht,bthd->bshd", scores, self.values[:batch, :end])
+        return summed(F.linear(mixed.flatten(2), self.out), self.world)
+
+
+class Mlp(nn.Module):
+    def __init__(self, sizes: Sizes, weights: Weights) -> None:
+        super().__init__()
+        self.world = weights.world
+        self.gate, self.up = (weights(sizes.inner, sizes.dim, split=0) for _ in range(2))
+        self.down = weights(sizes.dim, sizes.inner, split=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return summed(F.linear(F.silu(F.linear(x, self.gate)) * F.linear(x, self.up), self.down), self.world)
+
+
+class Layer(nn.Module):
+    def __init__(self, sizes: Sizes, weights: Weights) -> None:
+        super().__init__()
+        self.attention, self.mlp = Attention(sizes, weights), Mlp(sizes, weights)
+        self.before, self.after = weights(sizes.dim), weights(sizes.dim)
+
+    def forward(self, x: Tensor, start: int, rotations: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.attention(normed(x, self.before), start, rotations, mask)
+        return x + self.mlp(normed(x, self.after))
+
+
+class Model(nn.Module):
+    """``forward(ids [B, T], start)`` → logits ``[B, vocab]`` of the last token; caches hold tokens before ``start``."""
+
+    rotations: Tensor
+
+    def __init__(self, sizes: Sizes, rank: int = 0, world: int = 1, layers: int = 1) -> None:
+        super().__init__()
+        weights = Weights(rank, world)
+        self.world = world
+        self.embed = Embedding(sizes, weights)
+        self.layers = nn.ModuleList([Layer(sizes, weights) for _ in range(layers)])
+        self.norm, self.head = weights(sizes.dim), weights(sizes.vocab, sizes.dim, split=0)
+        angles = torch.outer(torch.arange(sizes.length).float(), 10000.0 ** -torch.arange(0, 1, 2 / sizes.rope))
+        self.register_buffer("rotations", torch.polar(torch.ones_like(angles), angles), persistent=False)
+
+    def forward(self, ids: Tensor, start: int = 0) -> Tensor:
+        tokens = ids.size(1)
+        x = self.embed(ids)
+        rotations = self.rotations[start : start + tokens]
+        mask = None
+        if tokens > 1:
+            mask = torch.full((tokens, tokens), float("-inf"), device=ids.device).triu_(1)
+        for layer in self.layers:
+            x = layer(x, start, rotations, mask)
+        logits = F.linear(normed(x, self.norm)[:, -1], self.head)
+        if self.world > 1:
+            every = [torch.empty_like(logits) for _ in range(self.world)]
+            dist.all_gather(every, logits)
+            logits = torch.cat(every, -1)
+        return logits
