@@ -45,7 +45,7 @@ class Case(NamedTuple):
 # Model → all-reduces rewritten and all-reduces at these sizes, whatever the attention and ``dynamic``. Of models that
 # are not here, some must be rewritten in every call that compiles. Dynamo breaks qwen3_moe's graph in each layer: no
 # graph has two all-reduces, so there is nothing to gain between them.
-REWRITTEN = {"llama": (4, 4), "v3": (3, 3), "qwen3_moe": (0, 2)}
+REWRITTEN = {"llama": (4, 4), "v3": (3, 3), "v32": (5, 5), "qwen3_moe": (0, 2)}
 FORMS = [(attention, dynamic) for attention in (None, "eager") for dynamic in (None, True)]
 ALL = [*(Case(model, *form) for model in NAMES for form in FORMS), Case("v3", axis=False)]
 CORE = [Case("llama", axis=False), Case("v3", dynamic=True)]
