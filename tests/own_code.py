@@ -16,9 +16,11 @@ class Sizes:
 
     Args:
         absorb: attention on cached latents, else on cached keys and values.
+        indexer: each query attends to ``picked`` keys that an indexer chooses.
     """
 
     absorb: bool = True
+    indexer: bool = False
     vocab: int = 64
     dim: int = 32
     inner: int = 48
@@ -28,6 +30,9 @@ class Sizes:
     nope: int = 8
     rope: int = 8
     value: int = 8
+    index_heads: int = 2
+    index_dim: int = 16
+    picked: int = 5
     batch: int = 2
     length: int = 16
 
@@ -81,6 +86,32 @@ class Embedding(nn.Module):
         return x
 
 
+class Indexer(nn.Module):
+    def __init__(self, sizes: Sizes, weights: Weights) -> None:
+        super().__init__()
+        self.sizes = s = sizes
+        self.wq = weights(s.index_heads * s.index_dim, s.q_latent)
+        self.wk, self.norm = weights(s.index_dim, s.dim), weights(s.index_dim)
+        self.head_weights = weights(s.index_heads, s.dim)
+        self.register_buffer("keys", torch.zeros(s.batch, s.length, s.index_dim), persistent=False)
+
+    def forward(self, x: Tensor, query: Tensor, start: int, rotations: Tensor, mask: Tensor | None) -> Tensor:
+        s, (batch, tokens, _) = self.sizes, x.shape
+        end = start + tokens
+        q = F.linear(query, self.wq).view(batch, tokens, s.index_heads, s.index_dim)
+        q_rope, q_nope = q.split([s.rope, s.index_dim - s.rope], -1)
+        q = torch.cat([rotated(q_rope, rotations), q_nope], -1)
+        k = F.layer_norm(F.linear(x, self.wk), (s.index_dim,), self.norm)
+        k_rope, k_nope = k.split([s.rope, s.index_dim - s.rope], -1)
+        self.keys[:batch, start:end] = torch.cat([rotated(k_rope.unsqueeze(2), rotations).squeeze(2), k_nope], -1)
+        weights = F.linear(x, self.head_weights) * s.index_heads**-0.5
+        scores = torch.einsum("bshd,btd->bsht", q, self.keys[:batch, :end]).relu()
+        scores = (scores * weights.unsqueeze(-1)).sum(2)
+        if mask is not None:
+            scores += mask
+        return scores.topk(min(s.picked, end), -1)[1]
+
+
 class Attention(nn.Module):
     def __init__(self, sizes: Sizes, weights: Weights) -> None:
         super().__init__()
@@ -91,6 +122,7 @@ class Attention(nn.Module):
         self.kv_down, self.kv_norm = weights(s.latent + s.rope, s.dim), weights(s.latent)
         self.kv_up = weights(s.heads * (s.nope + s.value), s.latent, split=0)
         self.out = weights(s.dim, s.heads * s.value, split=1)
+        self.indexer = Indexer(s, weights) if s.indexer else None
         room = (s.batch, s.length)
         if s.absorb:
             self.register_buffer("latents", torch.zeros(*room, s.latent), persistent=False)
@@ -123,7 +155,12 @@ class Attention(nn.Module):
             q = torch.cat([q_nope, q_rope], -1)
             scores = torch.einsum("bshd,bthd->bsht", q, self.keys[:batch, :end])
         scores = scores * scale
-        if mask is not None:
+        if self.indexer is not None:
+            picked = self.indexer(x, query, start, rotations, mask)
+            chosen = torch.full((batch, tokens, end), float("-inf"), device=x.device).scatter_(-1, picked, 0)
+            mask = chosen if mask is None else chosen + mask
+            scores += mask.unsqueeze(2)
+        elif mask is not None:
             scores += mask.unsqueeze(1)
         scores = scores.softmax(-1, dtype=torch.float32).type_as(x)
         if s.absorb:

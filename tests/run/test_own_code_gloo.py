@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from own_code import Model, Sizes
 from test_weights_gloo import WORLD, close, lines
 
-FORMS = {"absorbed": Sizes(), "naive": Sizes(absorb=False)}
+FORMS = {"absorbed": Sizes(), "naive": Sizes(absorb=False), "indexer": Sizes(indexer=True)}
 
 
 def prefill_and_three_steps(sizes: Sizes) -> None:
