@@ -122,11 +122,9 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """Read a plan from a file. Raises :class:`PlanError` if it is missing or not a plan."""
         try:
-            with Path(path).open("rb") as file:
-                data = file.read(MOST_BYTES + 1)
-            if len(data) > MOST_BYTES:
+            if Path(path).stat().st_size > MOST_BYTES:
                 raise PlanError(f"the plan {path} has more than {MOST_BYTES} bytes; save one with Plan.save")
-            return cls.from_json(data.decode("utf-8"))
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise PlanError(f"cannot read the plan {path}: {error.strerror}") from error
         except UnicodeDecodeError as error:

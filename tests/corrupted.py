@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import tracemalloc
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def _archive(data: bytes, dice: random.Random) -> bytes:
     if kind == 0:
         first = _zipped(members)
         file = io.BytesIO(first)
-        with zipfile.ZipFile(file, "a") as archive:
+        with zipfile.ZipFile(file, "a") as archive, warnings.catch_warnings(action="ignore"):
             archive.writestr("constants.bin", b"more")
         return file.getvalue()
     if kind == 1:
@@ -160,8 +161,8 @@ def judge(kind: str, path: Path, arguments: list[str], honest: int = 0) -> Outco
     fault = ""
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         fault = f"{type(result.exception).__name__}: {result.exception}"
-    elif result.exit_code and (result.exit_code != 2 or len(result.stderr.strip().splitlines()) != 1):
-        fault = f"exit status {result.exit_code}: {result.stderr[-300:]}"
+    elif len(result.stderr.strip().splitlines()) != {1: 0, 2: 1}.get(result.exit_code, -1) and result.exit_code:
+        fault = f"exit status {result.exit_code}: {result.stderr[-300:]}"  # 1: plans differ; 2: an error, in one line
     elif honest and most > 2 * honest:
         fault = f"{most} bytes, where the honest file took {honest}"
     elif os.path.exists(HARMED):
