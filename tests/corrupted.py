@@ -163,7 +163,7 @@ def judge(kind: str, path: Path, arguments: list[str], honest: int = 0) -> Outco
         fault = f"{type(result.exception).__name__}: {result.exception}"
     elif len(result.stderr.strip().splitlines()) != {1: 0, 2: 1}.get(result.exit_code, -1) and result.exit_code:
         fault = f"exit status {result.exit_code}: {result.stderr[-300:]}"  # 1: plans differ; 2: an error, in one line
-    elif honest and most > 2 * honest:
+    elif honest and most > max(2 * honest, 1 << 18):  # below that, it is the depth of a stack that was tried
         fault = f"{most} bytes, where the honest file took {honest}"
     elif os.path.exists(HARMED):
         fault = "code of the file was run"
