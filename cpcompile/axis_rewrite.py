@@ -28,12 +28,14 @@ from cpcompile.passes.placement_problem import PlacementGraph, build
 from cpcompile.passes.token_dims import Annotation, annotate, repeats_attention
 from cpcompile.passes.token_layout import Expr
 from cpcompile.passes.verify_numeric import check_numerically
+from cpcompile.passes.verify_ranks import Differences, differences
 from cpcompile.passes.verify_static import prove
 from cpcompile.plan import AxisPlan, Interval, Plan
 from cpcompile.replication import GraphFacts, InputFact, exchange_facts, structure_fingerprint
 from cpcompile.runner import Runner
 
 WHOLE = -1
+_READ = (torch.Tensor, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclass
@@ -124,9 +126,10 @@ class Rewriter:
         found, original = AxisRewrite(tokens=self.base), structure_fingerprint(self.original)
         for variant in variants:
             facts = self._facts(variant.gm)  # every rank is here once for each variant
+            differ = differences(variant.gm, self.exchange.all_gather)
             found.facts = facts.inputs
             made = self.runner.attempt(
-                f"the plan of axis {self.axis.name}", self._part, variant, facts, original, found
+                f"the plan of axis {self.axis.name}", self._part, variant, facts, differ, original, found
             )
             found.parts.append(made.result or Part(variant, refused={WHOLE: made.reason}))
         return found
@@ -139,11 +142,13 @@ class Rewriter:
             declared=self.options.replicated, mutated=written,
         )  # fmt: skip
 
-    def _part(self, variant: Variant, facts: GraphFacts, original: str, found: AxisRewrite) -> Part:
+    def _part(
+        self, variant: Variant, facts: GraphFacts, differ: Differences, original: str, found: AxisRewrite
+    ) -> Part:
         placeholders = [n.name for n in variant.gm.graph.find_nodes(op="placeholder")]
-        # Sizes are part of the axis's contract: every rank runs the same step.
+        # What is neither tensor nor number (a mesh, None) is read by no node.
         same = {
-            p: f.replicated or not isinstance(i.value, torch.Tensor)
+            p: f.replicated or not isinstance(i.value, _READ)
             for p, f, i in zip(placeholders, facts.inputs, self.inputs, strict=True)
         }
         known, repeats = self._annotated(variant.gm, same, facts)
@@ -156,7 +161,7 @@ class Rewriter:
         plan = self._plan(graph, _identity(original, variant))
         part = Part(variant, plan, reduced=[c.node.name for c in graph.choices if c.reduced])
         found.tokens = found.tokens or known.tokens
-        prover = _Prover(self, graph, same.__getitem__, found)
+        prover = _Prover(self, graph, same.__getitem__, differ, found)
         for number, interval in enumerate(plan.intervals):
             prover.add(part, number, interval)
         return part
@@ -164,18 +169,19 @@ class Rewriter:
     def _annotated(
         self, gm: fx.GraphModule, same: dict[str, bool], facts: GraphFacts
     ) -> tuple[Annotation, bool | None]:
-        known = self.runner.run("annotate", annotate, gm, self.axis, same, facts.rank_dependent)
+        told = (self.axis, same, facts.rank_dependent, facts.varying)
+        known = self.runner.run("annotate", annotate, gm, *told)
         repeats = repeats_attention(known)
         if repeats and self.options.strategy != "tp" and find_causal(gm):
             # Only what is split by queries needs them: elsewhere the causal kernel is the faster one.
             self.runner.change("explicit-causal-masks", ExplicitCausalMasks(), gm)
-            known = self.runner.run("annotate", annotate, gm, self.axis, same, facts.rank_dependent)
+            known = self.runner.run("annotate", annotate, gm, *told)
         return known, repeats
 
     def _no_use(self, known: Annotation, repeats: bool | None, gm: fx.GraphModule) -> str:
         """A given axis that a whole graph never reduces over and that splits attention is a mistake: say so."""
         groups = {ar.group_name for ar in find_all_reduces(gm)}
-        if not self.options.axes or not groups or any(self.axis.owns(g) for g in groups) or repeats:
+        if not self.options.axes or not groups or any(self.axis.joins(g) for g in groups) or repeats:
             return ""
         reason = (
             f"axis {self.axis.name!r} has ranks {list(self.axis.ranks)}, and no all-reduce of the graph runs over them"
@@ -197,6 +203,7 @@ class _Prover:
     of: Rewriter
     graph: PlacementGraph
     same: Callable[[str], bool]
+    differ: Differences
     found: AxisRewrite
 
     def add(self, part: Part, number: int, interval: Interval) -> None:
@@ -228,11 +235,13 @@ class _Prover:
         run.runs[-1] = replace(run.runs[-1], rewrites=changed)
         same = frozenset[str]()
         if self.of.options.verify != "off":
-            proof = run.run("verify-static", prove, piece.gm, gm, known.axis, known.tokens, self.same)
+            differ = (self.differ.nodes, self.differ.symbols)
+            proof = run.run("verify-static", prove, piece.gm, gm, known.axis, known.tokens, self.same, *differ)
             same = proof.same
             self._note(piece, "static", [f"{f.node}: {f.message}" for f in proof.failures], trusts=list(proof.trusts))
         if self.of.options.verify == "numeric":
-            checked = run.run("verify-numeric", check_numerically, piece.gm, self.graph, interval, self.same)
+            given = (self.graph, interval, self.same, self.differ.symbols)
+            checked = run.run("verify-numeric", check_numerically, piece.gm, *given)
             self._note(piece, "numeric", checked)
         step = Step(self.graph, interval, gm.meta["gathers"], plan)
         return replace(piece, gm=gm, steps=[*piece.steps, step], same=same)
@@ -258,6 +267,8 @@ def unplaceable(known: Annotation, repeats: bool | None, strategy: str) -> str:
     name = known.axis.name
     if known.tokens is None:
         return f"no sum all-reduce of axis {name!r} carries tokens, and no vocabulary gather reads any"
+    if known.tokens.free_symbols & known.varying:
+        return f"the ranks of axis {name!r} have different numbers of tokens: give all of them the same step"
     if known.tokens.is_zero:
         return "there are no tokens: nothing to split"
     if not known.all_reduces and not known.gathers and not repeats:

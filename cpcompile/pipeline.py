@@ -33,6 +33,7 @@ from cpcompile.passes.recognise_routed_experts import RecogniseRoutedExperts
 from cpcompile.passes.recognise_sparse_attention import RecogniseSparseAttention
 from cpcompile.passes.vllm_ops import VllmOps
 from cpcompile.plan import Plan
+from cpcompile.rank_lists import clashing, with_rank_lists
 from cpcompile.report import Report
 from cpcompile.runner import copy_graph as copy_graph
 from cpcompile.share_weights import ShareWeights
@@ -119,8 +120,6 @@ def _place(
     unknown = _adopt_names(gm, result.axes)
     reduced = find_all_reduces(gm)
     result.sites = result.runner.attempt("the list of all-reduces", find_sites, gm).result or []
-    # Context parallelism first: the axis that is reduced over most then works on its shards.
-    result.axes.sort(key=lambda axis: sum(axis.owns(ar.group_name) for ar in reduced))
     if unknown:
         why = _NO_GROUP.format(unknown[0])
         result.refused = dict.fromkeys([*(axis.name for axis in result.axes), *unknown], why)
@@ -175,7 +174,12 @@ def _rewrite(
     saved = options.plan if isinstance(options.plan, Plan) or options.plan is None else Plan.load(options.plan)
     hardware = profile(options.profile or default_profile(inputs))
     variants, failed = [Variant(0, None, gm)], ""
-    ranks = Ranks({axis: exchange_for(axis) for axis in result.axes})
+    result.axes = with_rank_lists(gm, result.axes, meshes_of(inputs), exchange_for)
+    # Context parallelism first: the axis that is reduced over most then works on its shards.
+    reduced = find_all_reduces(gm)
+    result.axes.sort(key=lambda axis: sum(axis.joins(ar.group_name) for ar in reduced))
+    result.refused = clashing(result.axes)
+    ranks = Ranks({axis: exchange_for(axis) for axis in result.axes if axis.name not in result.refused})
     for axis, exchange in ranks.exchanges.items():
         work = Rewriter(
             axis, exchange, inputs, options, hardware, saved, result.original, result.tokens, broken, result.runner

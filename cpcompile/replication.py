@@ -13,8 +13,9 @@ from functools import cache
 from inspect import signature
 from itertools import zip_longest
 from types import BuiltinFunctionType, FunctionType
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
+import sympy
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
@@ -27,12 +28,14 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 from cpcompile.axes import Axis
 from cpcompile.errors import RanksDifferError
 from cpcompile.exchange import Exchange, OfflineExchange
+from cpcompile.passes.token_layout import size_expr
 from cpcompile.weights import released_fingerprint
 
 Kind = Literal["parameter", "buffer", "input", "other"]
 
 # Token ids, positions, slots, lengths, masks. Narrower integers are quantised data (a cache): no contract.
 _CONTRACT_DTYPES = frozenset({torch.int64, torch.int32, torch.bool})
+_NUMBERS = (int, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,17 @@ class InputFact:
 
 
 class GraphFacts(NamedTuple):
-    """What ``exchange_facts`` found: a fact for each input, and the nodes whose constants differ between ranks."""
+    """What ``exchange_facts`` found of a graph.
+
+    Args:
+        inputs: a fact for each input.
+        rank_dependent: the nodes whose constants differ between ranks.
+        varying: symbols of sizes and integers that differ between ranks.
+    """
 
     inputs: list[InputFact]
     rank_dependent: frozenset[str]
+    varying: frozenset[sympy.Symbol] = frozenset()
 
 
 def input_facts(
@@ -115,9 +125,31 @@ def exchange_facts(
 ) -> GraphFacts:
     """``input_facts`` and ``rank_dependent_nodes`` from the same exchange; a second one only if constants differ."""
     draft, code = _Draft.of(names, values, kinds, axis, exchange, declared, mutated), _GraphCode.of(gm)
-    gathered = exchange.all_gather((draft.compared, code.digests), "fingerprints and digests of the graph")
-    prints, digests = zip(*cast(list[tuple[object, object]], gathered), strict=True)
-    return GraphFacts(draft.settle(prints), code.rank_dependent(digests, exchange))
+    extents = [_extents(node) for node in gm.graph.find_nodes(op="placeholder")]
+    said = (draft.compared, code.digests, [_hints(sizes) for sizes in extents])
+    gathered = exchange.all_gather(said, "fingerprints and digests of the graph")
+    prints, digests, hints = zip(*cast(list[tuple[object, object, list[Any]]], gathered), strict=True)
+    dependent = code.rank_dependent(digests, exchange)  # raises where the graphs are not alike
+    facts, varying = draft.settle(prints), set[sympy.Symbol]()
+    for place, (sizes, column) in enumerate(zip(extents, zip(*hints, strict=True), strict=True)):
+        unlike = [size for size, found in zip(sizes, zip(*column, strict=True), strict=True) if len(set(found)) > 1]
+        if unlike:
+            facts[place] = InputFact(facts[place].name, False, f"{facts[place].source}: its size differs between ranks")
+            varying.update(symbol for size in unlike for symbol in size_expr(size).free_symbols)
+    return GraphFacts(facts, dependent, frozenset(varying))
+
+
+def _extents(node: fx.Node) -> Sequence[object]:
+    """The sizes of a graph input, or the number that it is."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    return (value,) if isinstance(value, (int, torch.SymInt)) else ()
+
+
+def _hints(sizes: Sequence[object]) -> list[int | None]:
+    """Sizes as the example of this rank has them, None where it has none."""
+    return [(s.node.hint if s.node.has_hint() else None) if isinstance(s, torch.SymInt) else int(s) for s in sizes]  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
@@ -171,7 +203,7 @@ def _told(name: str, value: object, axis: Axis, declared: Sequence[str], offline
 
 def _seen(name: str, value: object, kind: Kind, mutated: bool, offline: bool) -> tuple[InputFact, str | None]:
     """The fact that the value suggests, and the evidence that must be equal on every rank for it to hold."""
-    if isinstance(value, (int, torch.SymInt, torch.SymBool)):
+    if isinstance(value, _NUMBERS):
         return InputFact(name, True, "integer input"), _integer_evidence(value)
     readable = _is_readable(value) and not mutated
     if isinstance(value, Tensor) and kind in ("parameter", "buffer"):
@@ -182,7 +214,7 @@ def _seen(name: str, value: object, kind: Kind, mutated: bool, offline: bool) ->
     return InputFact(name, False, f'unknown: declare it with replicated=["{name}"]'), None
 
 
-def _integer_evidence(value: int | torch.SymInt | torch.SymBool) -> str | None:
+def _integer_evidence(value: Any) -> str | None:
     # A rank's own number can come in as a symbolic integer (dynamic=True): its hint tells it from a token count.
     if isinstance(value, int):
         return repr(value)

@@ -212,7 +212,9 @@ def _axis(data: object) -> Axis:
     size, rank = integer(about.get("size")), integer(about.get("rank"))
     if size != len(ranks) or not 0 <= rank < size:
         raise TraceError(f"axis {name[:40]!r}: expected one of {len(ranks)} ranks; found rank {rank} of {size}")
-    return Axis(name, group, size, rank, ranks, layout)
+    stored = checked(about.get("groups"), dict, "groups of an axis")
+    groups = {key: tuple(_ranks(r) for r in checked(lists, list, "rank lists")) for key, lists in stored.items()}
+    return Axis(name, group, size, rank, ranks, layout, groups)
 
 
 def _ranks(data: object) -> tuple[int, ...]:

@@ -13,18 +13,20 @@ import torch.fx as fx
 
 from cpcompile.axes import Axis
 from cpcompile.passes.collectives import NATIVE, bound, group_name_of, is_wait, only_user
+from cpcompile.passes.group_relations import GroupRelations
 from cpcompile.passes.token_layout import ONE, Expr, Shape, TokenDim, size_expr
 
 aten = torch.ops.aten
 _LAST = torch.iinfo(torch.int64).max
 
 
-def find_gathers(gm: fx.GraphModule, axis: Axis) -> dict[fx.Node, fx.Node]:
-    """``wait_tensor`` of every all-gather over all of ``axis``, along dim 0 -> its start."""
+def find_gathers(gm: fx.GraphModule, groups: GroupRelations) -> dict[fx.Node, fx.Node]:
+    """``wait_tensor`` of every all-gather over all of the axis, in its order, along dim 0 -> its start."""
     found = {}
     for node in gm.graph.find_nodes(op="call_function", target=NATIVE.all_gather_into_tensor.default):
         readers = [n for n in node.users if n.target is not aten.sym_size.int]
-        if axis.owns(group_name_of(node)) and bound(node)[1] == axis.size and len(readers) == 1 and is_wait(readers[0]):
+        over_axis = groups.in_rank_order(group_name_of(node)) and bound(node)[1] == groups.axis.size
+        if over_axis and len(readers) == 1 and is_wait(readers[0]):
             found[readers[0]] = node
     return found
 

@@ -64,6 +64,7 @@ class _Builder:
         self.depth = self._depths()
         self.groups = self._gather_groups()
         self.gathered: list[list[str]] = []
+        self.restrided = any(not is_contiguous(value) for value in graph.values)
 
     def run(self) -> fx.GraphModule:
         for node in self._order():
@@ -214,17 +215,13 @@ class _Builder:
         if label == "P" and isinstance(outcome, Picks):
             index = None if outcome.index is None else operands[outcome.index]
             return emit_picked(self.emitter, node, outcome, operands[outcome.source], index)
+        if label != "R" and isinstance(outcome, RowWise) and outcome.identity:
+            return operands[node.all_input_nodes[0]]
         if label != "S":
             copy = self.new.node_copy(node, lambda n: operands[n])
             copy.meta = dict(node.meta)
-            value = self.graph.origin.get(node.args[0]) if node.target is torch.ops.aten.view.default else None  # type: ignore[arg-type]
-            if value is not None and value.name in self.interval.raises and not is_contiguous(value):
-                # What was gathered is row-major and may not allow a view that its other strides did.
-                copy.target = torch.ops.aten.reshape.default
-            return copy
+            return self._reshaping(copy)
         assert isinstance(outcome, RowWise)
-        if outcome.identity:
-            return operands[node.all_input_nodes[0]]
         layout = self._layout(node)
         local = self.emitter.size(layout.size(self.emitter.local))
         copy = self.new.node_copy(node, lambda n: operands[n])
@@ -233,6 +230,12 @@ class _Builder:
             sizes = list(copy.args[outcome.size_arg])  # type: ignore[arg-type]
             sizes[layout.dim] = local
             copy.update_arg(outcome.size_arg, sizes)
+        return self._reshaping(copy)
+
+    def _reshaping(self, copy: fx.Node) -> fx.Node:
+        """What was moved is row-major and may not allow a view that its other strides did, nor what is made of it."""
+        if self.restrided and copy.target is torch.ops.aten.view.default:
+            copy.target = torch.ops.aten.reshape.default
         return copy
 
     def _local_val(self, node: fx.Node) -> Any:

@@ -165,7 +165,7 @@ RULES: Mapping[str, OpRule] = {
     **{f"vllm_ir::{n}": OpRule(vllm_norm, "vLLM 0.32, vllm/ir/ops") for n in ("rms_norm", "fused_add_rms_norm")},
     **{name: OpRule(fused_attention, "torch.nn.functional.scaled_dot_product_attention") for name in FUSED},
     "getitem": OpRule(getitem, "own: picks one output", "homogeneous"),
-    "_c10d_functional::all_reduce": OpRule(pointwise, "own: elementwise over the ranks of another axis", "homogeneous"),
+    "_c10d_functional::all_reduce": OpRule(pointwise, "own: asked where its ranks hold the same rows", "homogeneous"),
     "_c10d_functional::wait_tensor": OpRule(pointwise, "own: identity", "homogeneous"),
 }
 

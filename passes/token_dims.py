@@ -7,18 +7,30 @@ all-reduces), replication by dataflow from the graph inputs' facts, and each op'
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import sympy
 import torch
 import torch.fx as fx
 
 from cpcompile.axes import Axis
 from cpcompile.declared_ops import stated
 from cpcompile.passes import npu_ops
-from cpcompile.passes.collectives import AllReduce, find_all_reduces, op_name
+from cpcompile.passes.collectives import (
+    NATIVE,
+    AllReduce,
+    bound,
+    find_all_reduces,
+    group_name_of,
+    is_collective,
+    is_wait,
+    op_name,
+)
 from cpcompile.passes.existing_moves import find_gathers, gathers_rows, own_rows, taken_from
 from cpcompile.passes.fused_attention import FUSED, is_random
+from cpcompile.passes.group_relations import IDEMPOTENT, GroupRelations
 from cpcompile.passes.op_call import UNUSED, Call, Mixing, RowWise
 from cpcompile.passes.picked_rows import picks_of
 from cpcompile.passes.placement_rules import classify
@@ -42,6 +54,7 @@ class Annotation:
         all_reduces: the axis's sum all-reduces, by their ``wait_tensor`` node.
         gathers: the axis's all-gathers of token rows: ``wait_tensor`` node → the node that starts it.
         own_rows: nodes that are this rank's rows of a whole value → that value.
+        varying: symbols of sizes and integers that differ between the ranks.
     """
 
     axis: Axis
@@ -53,6 +66,11 @@ class Annotation:
     all_reduces: dict[fx.Node, AllReduce]
     gathers: dict[fx.Node, fx.Node] = field(default_factory=dict)
     own_rows: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    varying: set[sympy.Symbol] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        """Relations go with the axis."""
+        self.groups = GroupRelations(self.axis)
 
     def gathered(self, wait: fx.Node) -> fx.Node:
         """What the all-gather that ends in ``wait`` gathers: this rank's rows."""
@@ -76,7 +94,11 @@ def token_placeholder(gm: fx.GraphModule) -> tuple[fx.Node, int] | None:
 
 
 def annotate(
-    gm: fx.GraphModule, axis: Axis, facts: Mapping[str, bool], rank_dependent: Collection[str] = ()
+    gm: fx.GraphModule,
+    axis: Axis,
+    facts: Mapping[str, bool],
+    rank_dependent: Collection[str] = (),
+    varying: Collection[sympy.Symbol] = (),
 ) -> Annotation:
     """Annotate ``gm`` for ``axis``.
 
@@ -85,9 +107,12 @@ def annotate(
         axis: the mesh axis.
         facts: graph input name → whether every rank of the axis holds the same value; absent means no.
         rank_dependent: names of nodes whose constants differ between ranks.
+        varying: symbols of sizes and integers that differ between ranks.
     """
     shapes = {node: value_shapes(node) for node in gm.graph.nodes}
-    all_reduces = {ar.wait: ar for ar in find_all_reduces(gm) if axis.owns(ar.group_name) and ar.reduce_op == "sum"}
+    groups = GroupRelations(axis)
+    found = find_all_reduces(gm)
+    all_reduces = {ar.wait: ar for ar in found if groups.is_axis(ar.group_name) and ar.reduce_op == "sum"}
     layouts: dict[fx.Node, tuple[TokenDim | None, ...]] = {}
     ids = token_placeholder(gm)
     tokens = None if ids is None else shapes[ids[0]][0][ids[1]]
@@ -95,12 +120,16 @@ def annotate(
     if ids is not None and reduced == tokens:
         layouts[ids[0]] = (TokenDim(ids[1]),)
     tokens = reduced
-    gathers = find_gathers(gm, axis)
+    gathers = find_gathers(gm, groups)
     parts = {wait: shapes[start.all_input_nodes[0]][0] for wait, start in gathers.items()}
     if tokens is None:
         tokens = next((shapes[w][0][0] for w, part in parts.items() if gathers_rows(shapes[w][0], part, None)), None)
     gathers = {w: s for w, s in gathers.items() if tokens is not None and gathers_rows(shapes[w][0], parts[w], tokens)}
-    known = Annotation(axis, tokens, shapes, layouts, {}, set(), all_reduces, gathers)
+    known = Annotation(axis, tokens, shapes, layouts, {}, set(), all_reduces, gathers, varying=set(varying))
+    sized: set[sympy.Basic] = set()
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if facts.get(node.name) is False and not shapes[node]:
+            known.varying |= _numbers(node, ())  # a number of each rank's own
     starts = {ar.start for ar in all_reduces.values()}
     for node in gm.graph.nodes:
         if node in starts:
@@ -115,7 +144,7 @@ def annotate(
         elif npu_ops.is_row_result(node) and shapes[node][0][:1] == (known.tokens,):
             layouts[node] = (TokenDim(0),)  # as positions are
         elif node.op == "call_function" and known.tokens is not None:
-            outcome = classify(node, known.tokens, layouts, shapes)
+            outcome = _reduced(node, known) or classify(node, known.tokens, layouts, shapes)
             if isinstance(outcome, Mixing):
                 outcome = picks_of(Call(node, known.tokens, layouts, shapes)) or outcome
             known.classes[node] = outcome
@@ -123,9 +152,22 @@ def annotate(
                 layouts[node] = outcome.outputs
             elif _takes_own_rows(node, known):
                 known.own_rows[node] = taken_from(node)  # type: ignore[assignment]
-        if _is_replicated(node, known, facts, rank_dependent):
+        numbers = _numbers(node, shapes[node])
+        if not numbers & known.varying and _is_replicated(node, known, facts, rank_dependent):
             known.replicated.add(node)
+        elif node.op == "call_function":
+            known.varying |= numbers - sized  # a size that was read off values which differ
+        sized |= numbers
     return known
+
+
+def _numbers(node: fx.Node, shapes: Sequence[Shape]) -> set[Any]:
+    """The symbols in the sizes of a node's results, or in the number that it is."""
+    value = node.meta.get("val")
+    sizes = [size for shape in shapes for size in shape]
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        sizes.append(value.node.expr)
+    return {symbol for size in sizes for symbol in size.free_symbols}
 
 
 def _reduced_tokens(tokens: Expr | None, reduced: Iterable[Shape]) -> Expr | None:
@@ -175,6 +217,26 @@ PRODUCTS_OF_TOKENS = frozenset(
     | {f"cpcompile::{n}attention" for n in ("sparse_", "paged_sparse_", "paged_")}
     | FUSED.keys()
 )
+
+
+def _reduced(node: fx.Node, known: Annotation) -> RowWise | Mixing | None:
+    """What an all-reduce that is not this axis's sum, and its wait, do to rows; None where the table knows.
+
+    The greatest of values that are all the same is that value: on rows, nothing need be reduced.
+    """
+    if is_wait(node) and is_collective(source := node.all_input_nodes[0]):
+        outcome, layout = known.classes.get(source), known.layouts.get(source, (None,))[0]
+        spared = isinstance(outcome, RowWise) and outcome.identity and layout is not None
+        return RowWise({source: layout}, (layout,), identity=True) if spared else None
+    if node.target is not NATIVE.all_reduce.default:
+        return None
+    value, reduce_op, _ = bound(node)
+    group, layout = group_name_of(node), known.layouts.get(value, (None,))[0]
+    copies = reduce_op in IDEMPOTENT and value in known.replicated and known.groups.lies_inside(group)
+    if copies and layout is not None:
+        return RowWise({value: layout}, (layout,), identity=True)
+    why = known.groups.why_rows_meet(group)
+    return Mixing(why) if why else None
 
 
 def _seed_all_reduce(known: Annotation, ar: AllReduce) -> None:
@@ -236,14 +298,17 @@ def _is_replicated(
 
 
 def _collective_is_replicated(node: fx.Node, known: Annotation) -> bool:
-    """A gather or broadcast over the axis replicates; sums of replicated values over any group are replicated.
+    """A reduction, gather or broadcast in which all ranks of the axis take part gives all of them the same.
 
-    A scatter or all-to-all gives each rank something else, and over a group that is not known to be orthogonal to
-    the axis nothing more can be said.
+    So do reductions of replicated values where every rank meets the same ones. A scatter or all-to-all gives each rank
+    something else, and of other gathers nothing is said.
     """
     name = op_name(node.target).removeprefix("_c10d_functional::")
     operand = node.all_input_nodes[0]
-    if name in ("wait_tensor", "all_reduce"):
+    if name == "wait_tensor":
         return operand in known.replicated
-    over_axis = any(known.axis.owns(a) for a in node.args if isinstance(a, str))
-    return over_axis and name in ("all_gather_into_tensor", "broadcast")
+    if name not in ("all_reduce", "all_gather_into_tensor", "broadcast"):
+        return False
+    group = group_name_of(node)
+    kept = name == "all_reduce" and operand in known.replicated and known.groups.keeps_replication(group)
+    return kept or known.groups.covers(group)

@@ -182,7 +182,7 @@ class Arguments:
         frozen = tuple([self.frozen(a, at) for a in args])
         kwargs = tuple([(k, self.frozen(v, at)) for k, v in sorted(node.kwargs.items())])
         if name.startswith("_c10d_functional::"):
-            frozen = tuple("this axis" if isinstance(a, str) and self.axis.owns(a) else a for a in frozen)
+            frozen = tuple(self.axis.members(a, self.axis.me) or a if isinstance(a, str) else a for a in frozen)
         if name in BY_STORAGE:
             frozen += tuple(_storage(n) for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor))
         return (node.target, frozen, kwargs, self.effects.get(node), when)

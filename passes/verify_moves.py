@@ -114,13 +114,19 @@ class Mover:
             made = [self._narrowed(value, args)]
         elif name == "aten::split_with_sizes":
             made = self._pieces(value, args)
-        elif communicates(node) and self.axis.owns(group_name_of(node)):
-            made = [self._communicated(name, value, args)]
+        elif communicates(node):
+            made = [self._communicated(node, value, args)]
         found = tuple(value for value in made if value is not None)
         return [found] if found and len(found) == len(made) else []
 
-    def _communicated(self, name: str, value: Value, args: Mapping[str, Argument]) -> Value | None:
-        kind = name.removeprefix("_c10d_functional::")
+    def _communicated(self, node: fx.Node, value: Value, args: Mapping[str, Argument]) -> Value | None:
+        kind, group = op_name(node.target).removeprefix("_c10d_functional::"), group_name_of(node)
+        holdings = self.original.holdings
+        alone = kind == "all_reduce" and value.whole and not value.partial
+        if alone and self.original.leaves_copies(node, value.content):
+            return value
+        if not (holdings.same_ranks(group) if kind == "all_reduce" else holdings.same_order(group)):
+            return None
         if args.get("group_size", self.axis.size) != self.axis.size:
             raise Refused(f"expected group_size {self.axis.size}; found {args['group_size']}", 3)
         if kind == "all_gather_into_tensor" and value.extent == "L":

@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Collection
 from typing import Any
 
+import sympy
 import torch
 import torch.fx as fx
 from torch._ops import OpOverload
@@ -31,6 +32,7 @@ from cpcompile.passes.verify_arguments import (
     op_name,
     reshaped,
 )
+from cpcompile.passes.verify_groups import Holdings
 from cpcompile.passes.verify_index import Dims, Shape, Size, row_major, shape, tensor_shape, times
 
 PURE_NAMESPACES = frozenset({"aten", "prims", "transformers", "cpcompile", "vllm_ir"})
@@ -46,12 +48,14 @@ class Numbering(Arguments):
     """The original graph, numbered.
 
     Args:
+        holdings: what its collectives' ranks hold.
         env: what every tensor-valued node is, one view per result.
         calls: results of every call, by its key.
         replicated: per content, whether it is the same on every rank of the axis.
         sums: content that this axis all-reduces → content of the sum.
         names: the node that first had a content with these digits.
         volatile: contents of graph inputs that are written in place.
+        varying: symbols of sizes and numbers that differ between the ranks.
         gathers: what this axis all-gathers along dim 0 → the result.
         parts: content → its dims, dim, first and last row, and the value that is these rows of it.
     """
@@ -60,6 +64,7 @@ class Numbering(Arguments):
         """Nothing is numbered yet: ``of`` does that."""
         super().__init__(gm, axis)
         self.gm = gm
+        self.holdings = Holdings(axis)
         self.env: dict[fx.Node, tuple[View, ...]] = {}
         self.calls: dict[object, tuple[View, ...]] = {}
         self.numbers: dict[object, Any] = {}
@@ -67,30 +72,50 @@ class Numbering(Arguments):
         self.sums: dict[int, int] = {}
         self.names: dict[tuple[int, Dims | None], str] = {}
         self.volatile: set[int] = set()
-        self.varying: set[int] = set()
         self.gathers: dict[View, View] = {}
         self.parts: dict[int, list[tuple[Dims, int, Size, Size, View]]] = {}
-        self._made: list[tuple[fx.Node, tuple[View, ...], list[int]]] = []
+        self.varying: set[sympy.Basic] = set()
+        self._symbols: set[sympy.Basic] = set()
+        self._makers: dict[int, str] = {}
+        self._fact: Callable[[str], bool] = lambda _: False
+        self._differing: Collection[str] = ()
 
     @classmethod
     def of(
-        cls, gm: fx.GraphModule, axis: Axis, replicated: Callable[[str], bool], rank_dependent: Collection[str]
+        cls,
+        gm: fx.GraphModule,
+        axis: Axis,
+        replicated: Callable[[str], bool],
+        rank_dependent: Collection[str],
+        varying: Collection[sympy.Basic] = (),
     ) -> Numbering:
         """Number ``gm``; arguments as for ``prove``."""
-        found = cls(gm, axis)
-        for node in gm.graph.nodes:
-            if node.op != "output" and not found.visit_size(node, lambda n: shape(found.env[n][0][1])):
-                found.env[node] = views = found._visit(node)
-                if node.name in rank_dependent:
-                    found.varying |= {content for content, _ in views}
+        differing = set(rank_dependent)
+        while True:
+            found = cls(gm, axis)
+            found._fact, found._differing, found.varying = replicated, differing, set(varying)
+            more = found._number()
+            if not more:
+                return found
+            differing = differing | more
+
+    def _number(self) -> set[str]:
+        """Number all nodes; returns those that made what a node that differs between ranks is numbered as, too."""
+        more: set[str] = set()
+        for node in self.gm.graph.find_nodes(op="placeholder"):
+            symbols = _symbols_in(node.meta.get("val"))
+            self._symbols |= symbols
+            if not isinstance(node.meta.get("val"), torch.Tensor) and symbols and not self._fact(node.name):
+                self.varying |= symbols
+        for node in self.gm.graph.nodes:
+            if node.op != "output" and not self.visit_size(node, lambda n: shape(self.env[n][0][1])):
+                self.env[node] = views = self._visit(node)
+                if node.name in self._differing:
+                    more |= {self._makers[content] for content, _ in views if self.replicated[content]}
                 if len(views) == 1 and (is_wait(node) or not communicates(node)):
-                    found.names.setdefault(views[0], node.name)
-                    found.names.setdefault((views[0][0], None), node.name)
-        for node, views, operands in found._made:
-            for content, _ in views:
-                shared = found._is_replicated(node, operands, replicated)
-                found.replicated[content] = shared and content not in found.varying
-        return found
+                    self.names.setdefault(views[0], node.name)
+                    self.names.setdefault((views[0][0], None), node.name)
+        return more
 
     @property
     def output(self) -> fx.Node:
@@ -131,7 +156,14 @@ class Numbering(Arguments):
             values = []
         shapes = [tensor_shape(v) if isinstance(v, torch.Tensor) else () for v in values]
         views = tuple(self._content(sizes) for sizes in shapes)
-        self._made.append((node, views, operands))
+        made = _symbols_in(value)
+        counts = made.union(*(_symbols_in(argument) for argument in self.arguments(node).values()))
+        shared = node.name not in self._differing and self._is_replicated(node, operands) and not counts & self.varying
+        if not shared:
+            self.varying |= made - self._symbols  # a size that values which differ have brought up
+        self._symbols |= made
+        for content, _ in views:
+            self.replicated[content], self._makers[content] = shared, node.name
         if node in self.mutated or (aliases(node) and self.volatile & set(operands)):
             self.volatile |= {content for content, _ in views}
         return views
@@ -167,7 +199,7 @@ class Numbering(Arguments):
         content, dims = source
         if content in self.volatile:
             return
-        if name == "_c10d_functional::all_gather_into_tensor" and self.axis.owns(group_name_of(node)):
+        if name == "_c10d_functional::all_gather_into_tensor" and self.holdings.same_order(group_name_of(node)):
             if args["group_size"] == self.axis.size:
                 self.gathers[source] = results[0]
         elif name == "aten::slice" and args["step"] == 1:
@@ -184,21 +216,30 @@ class Numbering(Arguments):
         """``view`` after an op that leaves its content as it is, or that sums it over the axis."""
         content, dims = view
         if op_name(node.target) == "_c10d_functional::all_reduce":
-            args = self.arguments(node)
-            if args["reduce_op"] != "sum" or not self.axis.owns(group_name_of(node)):
+            if content in self.volatile:
+                return None
+            if self.leaves_copies(node, content):
+                return view
+            if self.arguments(node)["reduce_op"] != "sum" or not self.holdings.same_ranks(group_name_of(node)):
                 return None
             if content not in self.sums:
                 self.sums[content] = len(self.replicated)
-                self.replicated.append(True)
+                self._makers[self.sums[content]] = node.name
+                self.replicated.append(node.name not in self._differing)
             return self.sums[content], dims
         if op_name(node.target) not in RESHAPES or (content in self.volatile and not aliases(node)):
             return None
         moved = reshaped(node, self.arguments(node), dims)
         return None if moved is None else (content, moved)
 
-    def _is_replicated(self, node: fx.Node, operands: list[int], replicated: Callable[[str], bool]) -> bool:
+    def leaves_copies(self, node: fx.Node, content: int) -> bool:
+        """Whether the all-reduce ``node`` meets equal copies of ``content`` on all its ranks and gives just that."""
+        copies = self.replicated[content] and self.arguments(node)["reduce_op"] in ("max", "min", "avg")
+        return copies and self.holdings.reduces_copies(group_name_of(node))
+
+    def _is_replicated(self, node: fx.Node, operands: list[int]) -> bool:
         if node.op == "placeholder":
-            return not isinstance(node.meta.get("val"), torch.Tensor) or replicated(node.name)
+            return not isinstance(node.meta.get("val"), torch.Tensor) or self._fact(node.name)
         if node.op == "get_attr":
             return True
         if not isinstance(node.target, OpOverload) or is_random(node) or is_mutable(node):
@@ -206,12 +247,24 @@ class Numbering(Arguments):
         shared = all(self.replicated[content] for content in operands)
         namespace, name = op_name(node.target).split("::")
         if namespace == "_c10d_functional":
-            over_axis = self.axis.owns(group_name_of(node))
-            return (over_axis and name in ("all_gather_into_tensor", "broadcast", "all_reduce")) or (
-                shared and name == "all_reduce"
-            )
+            if name not in ("all_gather_into_tensor", "broadcast", "all_reduce"):
+                return False
+            group = group_name_of(node)
+            alike = name == "all_reduce" and shared and self.holdings.reduces_alike(group)
+            return alike or self.holdings.gathers_all(group)
         pure = namespace in PURE_NAMESPACES or name in PURE_NPU or stated(f"{namespace}::{name}") is not None
         return pure and shared
+
+
+def _symbols_in(value: Any) -> set[sympy.Basic]:
+    """Symbols in the sizes of tensors and in numbers."""
+    if isinstance(value, list | tuple):
+        return set[sympy.Basic]().union(*map(_symbols_in, value))
+    if isinstance(value, torch.Tensor):
+        return set[sympy.Basic]().union(*(getattr(size, "free_symbols", ()) for size in tensor_shape(value)))
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return set(value.node.expr.free_symbols)
+    return set(value.free_symbols) if isinstance(value, sympy.Basic) else set()
 
 
 def _same_constant(mine: fx.GraphModule, theirs: fx.GraphModule, target: str) -> bool:

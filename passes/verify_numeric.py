@@ -8,9 +8,8 @@ scores, are broken row by row and so alike in both graphs. The graphs also run o
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -32,7 +31,7 @@ from cpcompile.plan import Interval
 MOST_BYTES = 4 * 2**30
 # Weights small enough not to blow up a deep model; 1-d ones (norms) wide, else the residual drowns what they scale.
 SCALES = (1.0, 0.1)
-# Sizes that are neither given by the token count nor by a collective.
+# Sizes that the token count does not give.
 SMALL = 2
 
 
@@ -53,6 +52,7 @@ def check_numerically(
     graph: PlacementGraph,
     interval: Interval,
     replicated: Callable[[str], bool],
+    varying: Collection[sympy.Basic] = (),
     *,
     seed: int = 0,
     token_counts: Sequence[int] = (),
@@ -61,7 +61,7 @@ def check_numerically(
 
     Inputs: floats ``N(0, 1) * 0.1`` (1-d ``N(0, 1)``), token ids over the vocabulary, other integers 0 or 1 (good for
     any index), sizes from the token count, 2 for other symbols, None for what is no tensor. All ranks run this rank's
-    constants. Groups other than the axis's are taken to be other axes of the same mesh. Inputs that a graph writes are
+    constants. All ranks of all groups of the graph take part, as their rank lists say. Inputs that a graph writes are
     compared as well.
 
     Args:
@@ -69,6 +69,7 @@ def check_numerically(
         graph: its placement graph, for any rank of the axis.
         interval: the plan. Its bounds do not matter: a rewritten graph is right at every token count.
         replicated: placeholder name → whether all ranks of the axis hold the same value.
+        varying: symbols of sizes and numbers that differ between ranks: each rank has one more than the one before.
         seed: of the random inputs.
         token_counts: counts to run; default: the static one, or 1, n-1, n, n+1 and 2n+3, raised by a multiple of n
             where the graph's guards ask for more.
@@ -83,8 +84,10 @@ def check_numerically(
     with _disable_current_modes(), torch.no_grad():
         try:
             mesh = _Mesh.of(original, graph.known.axis)
+            if mesh.unknown:
+                return [mesh.unknown]
             counts = sorted(set(token_counts or _default_counts(original, graph)))
-            draw = _Inputs(original, graph, replicated, mesh, seed)
+            draw = _Inputs(original, graph, replicated, mesh, seed, varying)
             refusal = draw.refusal(counts[-1])
             if refusal:
                 return [refusal]
@@ -125,50 +128,64 @@ def _range_of(gm: fx.GraphModule, tokens: Expr) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Mesh:
-    """The ranks to simulate: the axis's, times those of every other group of the graph.
+    """The ranks to simulate: all that collectives of the graph and of its rewrite reach from this rank.
 
     Args:
-        coordinates: per simulated rank, its rank on the axis and in every other group.
-        names: group name → which coordinate it runs over.
+        ranks: their global ranks.
+        places: rank of each on its own group of the axis.
+        groups: per simulated rank, every group of the graph as simulated ranks.
+        unknown: why that cannot be told; empty if it can.
     """
 
-    coordinates: list[tuple[int, ...]]
-    names: Mapping[str, int]
+    ranks: list[int]
+    places: list[int]
+    groups: list[dict[str, tuple[int, ...]]]
+    unknown: str = ""
 
     @classmethod
     def of(cls, gm: fx.GraphModule, axis: Axis) -> _Mesh:
-        sizes = [axis.size]
-        names = {axis.group_name: 0}
-        for node in gm.graph.nodes:
-            if node.op != "call_function" or node.target not in RULES:
+        calls = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in RULES]
+        names = [axis.group_name, *(str(bind(n.target, n.args, n.kwargs)["group_name"]) for n in calls)]
+        found: dict[int, dict[str, tuple[int, ...]]] = {}
+        pending = [axis.me]
+        while pending:
+            rank = pending.pop()
+            if rank in found:
                 continue
-            arguments = bind(node.target, node.args, node.kwargs)
-            group = str(arguments["group_name"])
-            if group not in names:
-                names[group] = len(sizes)
-                sizes.append(1)
-            if names[group]:
-                splits = arguments.get("input_split_sizes", ())
-                sizes[names[group]] = max(sizes[names[group]], arguments.get("group_size", 0) or len(splits) or SMALL)
-        return cls(list(itertools.product(*map(range, sizes))), names)
+            found[rank] = {}
+            for name in dict.fromkeys(names):
+                members = axis.members(name, rank)
+                if members is None:
+                    why = f"it is not known which ranks run group {name!r} with rank {rank}: use verify='static'"
+                    return cls([], [], [], why)
+                found[rank][name] = members
+                pending += members
+        ranks = sorted(found)
+        number = {rank: index for index, rank in enumerate(ranks)}
+        groups = [{name: tuple(number[r] for r in m) for name, m in found[rank].items()} for rank in ranks]
+        return cls(ranks, [found[rank][axis.group_name].index(rank) for rank in ranks], groups)
 
-    def groups(self, at: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Every group of the simulated rank at ``at``, as simulated ranks."""
-        ranks = list(enumerate(self.coordinates))
-        return {
-            name: tuple(rank for rank, c in ranks if c[:dim] == at[:dim] and c[dim + 1 :] == at[dim + 1 :])
-            for name, dim in self.names.items()
-        }
+    def sharing(self, name: str, index: int) -> int:
+        """The first of the ranks that share what is the same all over the axis with this one."""
+        return self.ranks[min(self.groups[index][name])]
 
 
 class _Inputs:
     """Random inputs for every simulated rank."""
 
     def __init__(
-        self, gm: fx.GraphModule, graph: PlacementGraph, replicated: Callable[[str], bool], mesh: _Mesh, seed: int
+        self,
+        gm: fx.GraphModule,
+        graph: PlacementGraph,
+        replicated: Callable[[str], bool],
+        mesh: _Mesh,
+        seed: int,
+        varying: Collection[sympy.Basic] = (),
     ) -> None:
         self.nodes = gm.graph.find_nodes(op="placeholder")
         self.tokens, self.size = graph.known.tokens, graph.known.axis.size
+        self.axis = graph.known.axis.group_name
+        self.varying = {*varying, *(s for node in self.nodes if not replicated(node.name) for s in _symbol(node))}
         self.replicated, self.mesh, self.seed = replicated, mesh, seed
         self.below = _vocabulary(gm, self.size, replicated)
 
@@ -181,33 +198,35 @@ class _Inputs:
                 if value.device.type == "meta":
                     return f"input {node.name!r} is on the meta device, which computes nothing: use verify='static'"
                 width = max(value.element_size(), wide(value.dtype).itemsize)
-                needed += math.prod(self.sizes(value.shape, tokens)) * width * len(self.mesh.coordinates)
+                needed += math.prod(self.sizes(value.shape, tokens)) * width * len(self.mesh.ranks)
         if needed <= MOST_BYTES:
             return ""
         return (
-            f"the inputs of {len(self.mesh.coordinates)} ranks take {needed / 2**30:.1f} GiB in float64, more than "
+            f"the inputs of {len(self.mesh.ranks)} ranks take {needed / 2**30:.1f} GiB in float64, more than "
             f"{MOST_BYTES / 2**30:g} GiB: use verify='static' for a model of this size"
         )
 
     def draw(self, tokens: int) -> list[list[object]]:
         """One list of inputs per simulated rank, in the graph's dtypes."""
-        return [self._draw_rank(at, tokens) for at in self.mesh.coordinates]
+        return [self._draw_rank(rank, tokens) for rank in range(len(self.mesh.ranks))]
 
-    def _draw_rank(self, at: tuple[int, ...], tokens: int) -> list[object]:
+    def _draw_rank(self, rank: int, tokens: int) -> list[object]:
         values: list[object] = []
         for index, node in enumerate(self.nodes):
             value = node.meta.get("val")
             if isinstance(value, torch.Tensor):
-                # Replicated over the axis: the same for all ranks that differ in nothing but the axis.
-                where = (0, *at[1:]) if self.replicated(node.name) else at
-                seed = hash((self.seed, tokens, index, where)) & (2**63 - 1)
-                values.append(self._draw(value, tokens, self.below.get(node, 2), torch.Generator().manual_seed(seed)))
+                # Replicated over the axis: the same for the ranks of one group of the axis, and of that only.
+                shared = self.replicated(node.name)
+                where = self.mesh.sharing(self.axis, rank) if shared else self.mesh.ranks[rank]
+                seed = hash((self.seed, tokens, index, shared, where)) & (2**63 - 1)
+                generator = torch.Generator().manual_seed(seed)
+                values.append(self._draw(value, tokens, rank, self.below.get(node, 2), generator))
             else:
-                values.append(self.sizes([value], tokens)[0] if isinstance(value, int | torch.SymInt) else None)
+                values.append(self.sizes([value], tokens, rank)[0] if isinstance(value, int | torch.SymInt) else None)
         return values
 
-    def _draw(self, like: torch.Tensor, tokens: int, below: int, generator: torch.Generator) -> torch.Tensor:
-        shape, strides = self.sizes(like.shape, tokens), self.sizes(like.stride(), tokens)
+    def _draw(self, like: torch.Tensor, tokens: int, rank: int, below: int, generator: torch.Generator) -> torch.Tensor:
+        shape, strides = self.sizes(like.shape, tokens, rank), self.sizes(like.stride(), tokens, rank)
         length = 1 + sum((s - 1) * step for s, step in zip(shape, strides, strict=True)) if math.prod(shape) else 0
         scale = SCALES[len(shape) > 1]
         if like.dtype.is_complex:
@@ -218,16 +237,22 @@ class _Inputs:
             flat = torch.randint(below, (length,), generator=generator)
         return flat.to(like.dtype).to(like.device).as_strided(shape, strides)
 
-    def sizes(self, sizes: Sequence[object], tokens: int) -> list[int]:
-        """``sizes`` at ``tokens`` tokens."""
+    def sizes(self, sizes: Sequence[object], tokens: int, rank: int = 0) -> list[int]:
+        """``sizes`` at ``tokens`` tokens on a simulated rank."""
         assert self.tokens is not None
         # A token count that is no plain symbol cannot be asked for: every symbol in it is as large as asked.
         counted = {symbol: sympy.Integer(tokens) for symbol in self.tokens.free_symbols}
         found = []
         for expr in map(size_expr, sizes):
-            small = {symbol: sympy.Integer(SMALL) for symbol in expr.free_symbols}
+            small = {s: sympy.Integer(SMALL + rank * (s in self.varying)) for s in expr.free_symbols}
             found.append(int(expr.subs({**small, **counted})))
         return found
+
+
+def _symbol(node: fx.Node) -> set[sympy.Symbol]:
+    """The symbols of a number among the inputs."""
+    value = node.meta.get("val")
+    return set(value.node.expr.free_symbols) if isinstance(value, torch.SymInt) else set()
 
 
 def _vocabulary(gm: fx.GraphModule, size: int, replicated: Callable[[str], bool]) -> dict[fx.Node, int]:
@@ -323,10 +348,9 @@ class _Check:
         inputs = self.draw.draw(tokens)
         if exact:
             inputs = [[v.to(wide(v.dtype)) if isinstance(v, torch.Tensor) else v for v in values] for values in inputs]
-        coordinates = self.mesh.coordinates
         programs = [
-            RankProgram(graphs[at[0]], values, self.mesh.groups(at))
-            for at, values in zip(coordinates, inputs, strict=True)
+            RankProgram(graphs[place], values, groups)
+            for place, groups, values in zip(self.mesh.places, self.mesh.groups, inputs, strict=True)
         ]
         results = []
         for output, values in zip(run_lockstep(programs), inputs, strict=True):

@@ -256,8 +256,6 @@ RULES: Mapping[str, Rule] = {
     **{f"aten::{n}": pointwise for n in ("zeros_like", "ones_like", "full_like", "empty_like", "_to_copy")},
     **{f"aten::{n}": pointwise for n in ("copy", "masked_fill", "where", "lift_fresh_copy", "fill", "floor_divide")},
     **{f"aten::{n}": pointwise for n in ("polar", "complex", "_conj", "_neg_view")},
-    # Over a group other than the axis's, which is taken to be another axis of the same mesh.
-    "_c10d_functional::all_reduce": pointwise,
 }
 
 # How many of several results are split by rows; the rest cannot be told of rows.

@@ -3,7 +3,7 @@
 Translation validation by value numbering: every value of the rewritten graph is shown to be some value of the
 original one, whole, as this rank's rows, or as a summand, with reshapes, padding and gathers followed by index
 arithmetic (``verify_index``) and row-wise ops by a table (``verify_rules``). Shares no code with the planner.
-Groups other than the axis's are taken to be other axes of the same mesh.
+What a collective does to rows, summands and copies is told from the ranks that meet in it (``verify_groups``).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch.fx as fx
 
 from cpcompile.axes import Axis
 from cpcompile.declared_ops import stated
-from cpcompile.passes.collectives import is_wait
+from cpcompile.passes.collectives import group_name_of, is_wait
 from cpcompile.passes.verify_arguments import REPEATING, Arguments, Refused, View, communicates, op_name
-from cpcompile.passes.verify_call import Call
+from cpcompile.passes.verify_call import Call, pointwise
 from cpcompile.passes.verify_index import (
     Rows,
     Shape,
@@ -52,6 +52,7 @@ def prove(
     tokens: sympy.Expr,
     replicated: Callable[[str], bool],
     rank_dependent: Collection[str] = (),
+    varying: Collection[sympy.Basic] = (),
 ) -> Proof:
     """Prove that ``rewritten`` computes what ``original`` computes.
 
@@ -62,8 +63,10 @@ def prove(
         tokens: the token count T that is split over the axis.
         replicated: whether the graph input of that name is the same on every rank of the axis.
         rank_dependent: original nodes whose constants differ between the ranks.
+        varying: symbols of sizes and numbers of the graph inputs that differ between the ranks.
     """
-    return _Prover(Numbering.of(original, axis, replicated, rank_dependent), rewritten, axis, tokens).run()
+    numbered = Numbering.of(original, axis, replicated, rank_dependent, varying)
+    return _Prover(numbered, rewritten, axis, tokens).run()
 
 
 class _Prover:
@@ -80,6 +83,9 @@ class _Prover:
         self.same: set[str] = set()
 
     def run(self) -> Proof:
+        if self.original.varying & getattr(self.split.tokens, "free_symbols", set()):
+            message = f"expected as many tokens on every rank; found that {self.split.tokens} differs"
+            self.failures.append(Failure("placeholder", message))
         for node in self.gm.graph.nodes:
             try:
                 self._visit(node)
@@ -177,7 +183,7 @@ class _Prover:
                 return tuple(whole(v) for v in views)
         sums = {n: p for n, v in at.items() if (p := v if v.partial else self.moves.as_partial(v)) is not None}
         mixed = [n for n in at if n not in sums]
-        if sums and is_linear(node, sums.keys(), at.keys()):
+        if sums and (is_linear(node, sums.keys(), at.keys()) or self._sums_of_sums(node)):
             varying = next((n for n in mixed if not self.original.replicated[at[n].content]), None)
             if varying is not None:
                 raise Refused(f"expected {varying}, a factor of a sum, to be the same on all ranks; it differs", 2)
@@ -189,6 +195,11 @@ class _Prover:
             raise Refused(f"expected an op linear in its summands; found {told_op(node)} of {found}: reduce first", 2)
         found = ", ".join(self.moves.describe(v) for v in at.values()) or "no values"
         raise Refused(f"expected a call of the original; found {told_op(node)} of {found} with other arguments")
+
+    def _sums_of_sums(self, node: fx.Node) -> bool:
+        """Whether ``node`` is a sum over another group, and of summands makes summands of what it makes of the sum."""
+        linear = _is_reduction(node) and self.numbering.arguments(node)["reduce_op"] in ("sum", "avg")
+        return linear and self.original.holdings.passes_sums(group_name_of(node))
 
     def _on_rows(
         self, node: fx.Node, rows: Mapping[fx.Node, Value], others: Mapping[fx.Node, Value]
@@ -249,7 +260,8 @@ class _Prover:
             found = ", ".join(("rows of " if n in split else "") + self.original.name(v) for n, v in at.items())
             raise Refused(f"expected a call of the original; found {told_op(node)} of {found}", 1)
         out = tuple(shape(dims) for _, dims in views)
-        where = rows_of(Call(node, {n: shape(dims) for n, (_, dims) in at.items()}, split, out))
+        call = Call(node, {n: shape(dims) for n, (_, dims) in at.items()}, split, out)
+        where = self._reduced_rows(call) if _is_reduction(node) else rows_of(call)
         if isinstance(where, str):
             raise Refused(f"expected an op that keeps rows apart; found {told_op(node)}: {where}; gather first", 2)
         made = []
@@ -264,6 +276,13 @@ class _Prover:
             local = product((where.outer, self.split.local, where.inner))
             made.append(Value(((content, post),), row_major((*sizes[:dim], local, *sizes[dim + 1 :])), "L", pre, post))
         return made
+
+    def _reduced_rows(self, call: Call) -> Rows | str:
+        """An all-reduce of rows: those of the reduced whole only if all its ranks have the same rows."""
+        group = group_name_of(call.node)
+        if self.original.holdings.reduces_rows(group):
+            return pointwise(call)
+        return f"the ranks of group {group!r} are not known to hold the same rows"
 
     def _whole_sizes(self, node: fx.Node, at: Mapping[fx.Node, View], split: Mapping[fx.Node, Rows]) -> Shape | None:
         """Sizes among the arguments as the original has them, where they name this rank's rows."""
@@ -288,3 +307,7 @@ class _Prover:
         if node not in self.waiting and whole(wanted) in readings:
             return ""
         return f"{self.moves.describe(readings[0])}: gather or reduce it"
+
+
+def _is_reduction(node: fx.Node) -> bool:
+    return op_name(node.target) == "_c10d_functional::all_reduce"

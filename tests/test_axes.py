@@ -113,10 +113,25 @@ def test_an_axis_is_called_after_the_mesh_dim_with_its_ranks(mesh: DeviceMesh) -
     assert [(a.name, a.group_name) for a in axes] == [("tp", tp), ("dp", dp), ("2", other.group_name)]
 
 
-def test_two_groups_over_the_same_ranks_are_two_axes_with_names_of_their_own(mesh: DeviceMesh) -> None:
-    """Facts, refusals and plans are kept by the axis's name."""
-    tp, second = group_name(mesh["tp"]), dist.new_group([3, 4, 5]).group_name
-    assert [(a.name, a.group_name) for a in find_axes([tp, second], {}, [mesh])] == [("tp", tp), ("1", second)]
+@pytest.mark.parametrize("ranks", [[3, 4, 5], [5, 3, 4]], ids=str)
+def test_two_groups_over_the_same_ranks_are_one_axis(mesh: DeviceMesh, ranks: list[int]) -> None:
+    tp, second = group_name(mesh["tp"]), dist.new_group(ranks).group_name
+    assert [(a.name, a.group_name) for a in find_axes([tp, second], {}, [mesh])] == [("tp", tp)]
+
+
+def test_a_dim_of_a_mesh_knows_the_rank_lists_of_all_its_dims(mesh: DeviceMesh) -> None:
+    axis = axis_of("tp", mesh["tp"])
+    assert axis.groups == {
+        group_name(mesh["tp"]): ((0, 1, 2), (3, 4, 5)),
+        group_name(mesh["dp"]): ((0, 3), (1, 4), (2, 5)),
+    }
+    assert axis.members(group_name(mesh["dp"]), 2) == (2, 5) and axis.members("another", 2) is None
+
+
+def test_of_a_group_alone_its_own_ranks_are_known(mesh: DeviceMesh) -> None:
+    axis = axis_of("tp", mesh["tp"].get_group())
+    assert axis.groups == {} and axis.members(axis.group_name, 5) == (3, 4, 5)
+    assert axis.members(axis.group_name, 0) is None and axis.members(group_name(mesh["dp"]), RANK) is None
 
 
 def test_a_mesh_that_this_rank_is_not_in_names_nothing(mesh: DeviceMesh) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,10 +68,15 @@ class Mlp(torch.nn.Module):
 def compiled(size: int, dtype: torch.dtype = torch.float32, other: bool = False) -> tuple[Compiled, dict[str, bool]]:
     """The outcome of the pipeline on rank 0 of ``size``, and which placeholders are replicated."""
     options = Options.parse({"strategy": "tp", "verify": "off", "replicated": ["embed.*", "norms.*"]})
-    with fake_rank(0, size) as mesh:
-        model = Mlp(mesh.get_group(), dist.new_group(list(range(size))) if other else None, size, dtype)
+    with fake_rank(0, 2 * size if other else size) as mesh:
+        group = dist.new_group(list(range(size))) if other else mesh.get_group()
+        across = dist.new_group([0, size]) if other else None
+        model = Mlp(group, across, size, dtype)
         trace = capture(model, input_ids=torch.randint(12, (1, 7)), use_cache=False)
-        axis = axis_of("tp", mesh)
+        axis = axis_of("tp", group)
+    if across is not None:
+        rows = (tuple(range(size)), tuple(range(size, 2 * size)))
+        axis = replace(axis, groups={axis.group_name: rows, across.group_name: tuple(zip(*rows, strict=True))})
     return with_facts(compile_graph(trace.gm, trace.inputs, options, lambda _: OfflineExchange(size), [axis]))
 
 
@@ -261,13 +267,13 @@ def test_one_slightly_wrong_element_is_reported(monkeypatch: pytest.MonkeyPatch)
     assert failure.startswith("T=4: rank 1: output 0: relative error")
 
 
-def test_other_groups_are_other_axes() -> None:
+def test_other_groups_are_what_their_rank_lists_say() -> None:
     outcome = compiled(2, other=True)
     assert len({n.args[-1] for n in calls(outcome[0].original, c10d.all_reduce.default)}) == 2
     assert check(outcome) == []
 
 
-def test_other_groups_are_other_axes_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_of_other_groups_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
     corrupt(monkeypatch, shift_rows)
     failures = check(compiled(2, other=True), token_counts=[8])
     assert {f.split(": ")[1] for f in failures} == {"rank 0", "rank 1", "rank 2", "rank 3"}
