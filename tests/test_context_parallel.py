@@ -81,9 +81,10 @@ def close(found: torch.Tensor, expected: torch.Tensor, what: object) -> None:
     assert error <= TOLERANCE, f"{what}: {error:.1e}"
 
 
-def rewritten(compiled: Sequence[Compiled]) -> list[list[fx.GraphModule]]:
+def rewritten(compiled: Sequence[Compiled], proven: bool = True) -> list[list[fx.GraphModule]]:
     """Every rewritten variant, as one graph per rank."""
-    assert not compiled[0].refused and compiled[0].proofs and all(p["holds"] for p in compiled[0].proofs)
+    assert not compiled[0].refused and bool(compiled[0].proofs) == proven
+    assert all(p["holds"] for p in compiled[0].proofs)
     return [[c.variants[i].gm for c in compiled] for i, v in enumerate(compiled[0].variants) if v.steps]
 
 
@@ -132,7 +133,7 @@ def test_a_long_request(kind: str) -> None:
     ranks, ids = prefill(kind, 8), ids_of(1, 1023)
     with torch.no_grad():
         expected = whole(kind)(input_ids=ids, use_cache=False).logits
-    for graphs in rewritten(ranks.compile(strategy="cp", profile="ascend-a3", verify="off"))[:1]:
+    for graphs in rewritten(ranks.compile(strategy="cp", profile="ascend-a3", verify="off"), proven=False)[:1]:
         for (logits,) in ranks.run(graphs, ids):
             close(logits, expected, "1023")
 
