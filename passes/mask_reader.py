@@ -129,17 +129,28 @@ def _select(reader: MaskReader, node: fx.Node) -> Meaning:
 def _expand(reader: MaskReader, node: fx.Node) -> Meaning:
     found, shape, old = _same(reader, node), sizes(node), sizes(node.args[0])
     assert shape is not None and old is not None
-    if isinstance(found, Shown) and any(isinstance(c, Among) for c in found.conditions) and shape[-len(old) :] != old:
-        return None
-    return found
+    before = [ONE] * (len(shape) - len(old)) + list(old)
+    # Along a dim that was 1 before, nothing changes.
+    order = [d if size == old_size else None for d, (size, old_size) in enumerate(zip(shape, before, strict=True))]
+    return None if found is None else found.moved(order)
 
 
 def _slice(reader: MaskReader, node: fx.Node) -> Meaning:
     source, dim, start, _, step = bound(node)
+    if _is_padded(source) and step == 1 and not start and sizes(source.args[0]) == sizes(node):
+        return reader.read(source.args[0])  # what CUDA's kernels have done to masks, for their alignment
     found, first = reader.read(source), _size(0 if start is None else start)
     if not isinstance(found, Affine) or first is None or step != 1 or not first.is_nonnegative:
         return found if sizes(source) == sizes(node) and step == 1 else None
     return Affine(found.steps, found.offset + found.steps[dim % len(found.steps)] * first)
+
+
+def _is_padded(node: fx.Node) -> bool:
+    """Whether ``node`` is its operand with something appended to the last dim."""
+    if node.target is not torch.ops.aten.constant_pad_nd.default:
+        return False
+    before, after = (*bound(node)[1], 0, 0)[:2]
+    return len(bound(node)[1]) == 2 and before == 0 and isinstance(after, int | fx.Node)
 
 
 def _cat(reader: MaskReader, node: fx.Node) -> Meaning:

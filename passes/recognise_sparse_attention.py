@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import sympy
 import torch
 import torch.fx as fx
 
 from cpcompile import ops  # noqa: F401  registers the ops
 from cpcompile.passes.base import PassResult
-from cpcompile.passes.collectives import emit, erase
+from cpcompile.passes.collectives import arguments, emit, erase, is_contiguous, op_name
+from cpcompile.passes.fused_attention import FUSED
 from cpcompile.passes.mask_reader import MaskReader
-from cpcompile.passes.sparse_attention_form import SOFTMAX, Attention, Differs, Indexer, match_attention
+from cpcompile.passes.sparse_attention_form import SOFTMAX, Attention, Differs, Indexer, match_fused, match_products
+from cpcompile.passes.token_layout import Expr
 from cpcompile.passes.traced_views import size_node, trace
 from cpcompile.passes.verify_index import Size
 
@@ -30,7 +34,8 @@ class RecogniseSparseAttention:
           keys of each row from the mask's own arithmetic; the scores' factors go into the weights;
         - ``softmax(q k^T + mask(causal, top-k)) v`` with keys and values projected up from latents by one weight ->
           ``q`` projected into the latent space, ``cpcompile::sparse_attention``, its result projected up (MLA with
-          absorbed weights): the per-head keys and values and all scores are gone.
+          absorbed weights): the per-head keys and values and all scores are gone. PyTorch's fused attention ops with
+          such a mask are that softmax.
 
     Both at once for each attention, or neither. Views, transposes, casts and constant factors in between do not matter.
     Dense attention is not looked at.
@@ -50,20 +55,31 @@ class RecogniseSparseAttention:
         """Rewrite ``gm`` in place."""
         result, builder = PassResult(), _Builder(gm.graph)
         reader = MaskReader(gm)
-        for product_node in gm.graph.find_nodes(op="call_function", target=aten.bmm.default):
-            softmax = trace(product_node.args[0]).source
-            if softmax.target not in SOFTMAX or not _reads_top_k(softmax):
-                continue
+        for node, softmax in list(_sparse(gm.graph)):
             try:
-                builder.replace(match_attention(product_node, softmax, reader))
+                found = match_fused(node, reader) if softmax is None else match_products(node, softmax, reader)
+                builder.replace(found)
                 result.rewrites += 1
             except Differs as differs:
                 result.refuse(differs.node, f"looks like sparse attention, but {differs}; it stays dense")
         return result.finish(gm)
 
 
+def _sparse(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node | None]]:
+    """What may be sparse attention: products with a softmax of such a mask, and that softmax; fused attention."""
+    for node in graph.nodes:
+        if node.target is aten.bmm.default:
+            softmax = trace(node.args[0]).source
+            if softmax.target in SOFTMAX and _reads_top_k(softmax):
+                yield node, softmax
+        elif node.op == "call_function" and (op := FUSED.get(op_name(node.target))) is not None and op.mask:
+            mask = arguments(node).get(op.mask)
+            if isinstance(mask, fx.Node) and _reads_top_k(mask):
+                yield node, None
+
+
 def _reads_top_k(softmax: fx.Node) -> bool:
-    """Whether the mask of ``softmax`` comes from a top-k: what may be sparse attention."""
+    """Whether this comes from a top-k that is not behind a product: a mask of it may be sparse attention's."""
     pending, seen = [softmax], {softmax}
     while pending:
         node = pending.pop()
@@ -92,8 +108,11 @@ class _Builder:
         if topk not in self.indices:
             self.indices[topk] = _emit_indexer(found.indexer, lengths)
         attended = _emit_attention(found, batch, self.indices[topk], lengths)
-        if found.sizes[0] != 1:  # [H, B * S, v] -> [B * H, S, v]; with one batch these are the same
-            heads, width = found.sizes[2], found.value_part[1]
+        heads, width = found.sizes[2], found.value_part[1]
+        if result.meta["val"].ndim == 4:
+            attended = emit(result, aten.reshape.default, attended, [heads, batch, -1, width])
+            attended = _as_laid_out(attended, result)
+        elif found.sizes[0] != 1:  # [H, B * S, v] -> [B * H, S, v]; with one batch these are the same
             attended = emit(result, aten.reshape.default, attended, [heads, batch, -1, width])
             attended = emit(result, aten.permute.default, attended, [1, 0, 2, 3])
             both = batch * heads if isinstance(batch, int) else emit(result, operator.mul, batch, heads)
@@ -109,17 +128,37 @@ class _Builder:
             raise Differs(found.result, f"no graph input holds its size {size}")
         return node
 
+    def _sum(self, like: fx.Node, total: Expr, found: Attention) -> int | fx.Node:
+        """A sum of sizes, as the graph's inputs have them."""
+        number, rest = total.as_coeff_Add()
+        result: int | fx.Node = int(number)
+        for term in sympy.Add.make_args(rest) if rest != 0 else ():
+            factor, size = term.as_coeff_Mul()
+            node: int | fx.Node = self._size(size, found)
+            node = node if factor == 1 else emit(like, operator.mul, node, int(factor))
+            result = emit(like, operator.add, node, result)
+        return result
+
     def _lengths(self, found: Attention, batch: int | fx.Node, rows: int | fx.Node) -> fx.Node:
         """``[B, S]`` int32: row q sees ``q + offset + 1`` keys."""
         like, device = found.indexer.topk.args[0], found.result.meta["val"].device
         assert isinstance(like, fx.Node)
         key = (batch, rows, found.offset, device)
         if key not in self.lengths:
+            first = self._sum(like, found.offset + 1, found)
             node = emit(like, aten.arange.default, rows, dtype=torch.int32, device=device)
-            node = emit(like, aten.add.Tensor, node, found.offset + 1)
+            node = emit(like, aten.add.Tensor, node, first)
             node = emit(like, aten.unsqueeze.default, node, 0)
             self.lengths[key] = node if batch == 1 else emit(like, aten.expand.default, node, [batch, -1])
         return self.lengths[key]
+
+
+def _as_laid_out(attended: fx.Node, result: fx.Node) -> fx.Node:
+    """``[H, B, S, v]`` as ``[B, H, S, v]``, in memory by heads or by rows as ``result`` is: views follow."""
+    by_heads = is_contiguous(result)
+    node = emit(result, aten.permute.default, attended, [1, 0, 2, 3] if by_heads else [1, 2, 0, 3])
+    node = emit(result, aten.clone.default, node, memory_format=torch.contiguous_format)
+    return node if by_heads else emit(result, aten.transpose.int, node, 1, 2)
 
 
 def _emit_indexer(found: Indexer, lengths: fx.Node) -> fx.Node:

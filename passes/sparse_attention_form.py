@@ -12,9 +12,11 @@ import sympy
 import torch
 import torch.fx as fx
 
-from cpcompile.passes.collectives import bound
+from cpcompile.passes.collectives import arguments, bound, getitems, is_contiguous, is_row_major, op_name
+from cpcompile.passes.fused_attention import FUSED, is_random
 from cpcompile.passes.mask_meaning import HIDDEN, Affine, Among, Shown
 from cpcompile.passes.mask_reader import MaskReader
+from cpcompile.passes.token_layout import Expr, size_expr
 from cpcompile.passes.traced_views import Arranged, Traced, arrange, joined, permutation, piece, trace
 from cpcompile.passes.verify_index import Dims, Shape, Size, plain, row_major, same, tensor_shape
 
@@ -47,7 +49,7 @@ class Attention:
     """Everything that the ops need; E = nope + v is what ``weight`` [H * E, L] makes of a latent for each head.
 
     Args:
-        result: the product of probabilities and values, ``[B * H, S, v]``.
+        result: the product of probabilities and values, ``[B * H, S, v]``, or fused attention's, ``[B, H, S, v]``.
         indexer: what chooses the keys.
         offset: row q sees the keys up to ``q + offset``.
         sizes: B, S, H.
@@ -63,7 +65,7 @@ class Attention:
 
     result: fx.Node
     indexer: Indexer
-    offset: int
+    offset: Expr
     sizes: tuple[Size, Size, int]
     nope: Arranged
     rope: Arranged
@@ -100,8 +102,84 @@ def _bmm(traced: Traced, sizes: Shape, what: str) -> tuple[fx.Node, fx.Node]:
     return left, right
 
 
-def match_attention(result: fx.Node, softmax: fx.Node, reader: MaskReader) -> Attention:
+@dataclass(frozen=True)
+class _Dense:
+    """Masked dense attention.
+
+    Args:
+        result: see :class:`Attention`.
+        sizes: B, H, S, K.
+        query: ``[B, H, S, E]``, E ``width``.
+        key: with its dims as ``[B, H, K, E]``.
+        values: ``[B, H, K, v]``.
+        mask: what is added to the scores.
+        scale: factor of the scores.
+    """
+
+    result: fx.Node
+    sizes: tuple[Size, int, Size, Size]
+    query: Traced
+    key: tuple[Traced, Dims | None]
+    values: Traced
+    width: Size
+    mask: tuple[Shown, Among]
+    scale: float
+
+
+def match_products(result: fx.Node, softmax: fx.Node, reader: MaskReader) -> Attention:
     """Match backwards from the product of probabilities and values."""
+    return _match(_products(result, softmax, reader), reader)
+
+
+def match_fused(node: fx.Node, reader: MaskReader) -> Attention:
+    """Match one of PyTorch's fused attention ops."""
+    return _match(_fused(node, reader), reader)
+
+
+def _match(found: _Dense, reader: MaskReader) -> Attention:
+    batch, heads, rows, keys = found.sizes
+    mask, among = found.mask
+    offset = _causal(mask, among, (batch, rows, keys))
+    indexer = _indexer(among.topk, offset, (batch, rows, keys), reader)
+    nope, rope = _query(found.query, (batch, heads, rows, found.width))
+    parts = _keys(found.key, found.values, (batch, heads, keys), _shape(found.result)[-1])
+    joined_alike = _shape(nope.node)[-1] == parts[3][1]
+    _require(joined_alike, found.query.source, "its queries and keys are joined at different widths")
+    return Attention(found.result, indexer, offset, (batch, rows, heads), nope, rope, *parts, found.scale)
+
+
+def _fused(node: fx.Node, reader: MaskReader) -> _Dense:
+    args, op, items = arguments(node), FUSED[op_name(node.target)], getitems(node) or {}
+    alone = isinstance(node.meta["val"], torch.Tensor)
+    _require(not is_random(node) and not args.get("is_causal"), node, "it drops out, or is causal by its own rule too")
+    _require(alone or list(items) == [0], node, "more than its attended values is read")
+    result = node if alone else items[0]
+    _require(is_contiguous(result) or _lies_by_rows(result), result, "its memory lies neither by heads nor by rows")
+    query, key, values = (trace(args[name]) for name in ("query", "key", "value"))
+    batch, heads, rows, width = _shape(args["query"])
+    keys = _shape(args["key"])[2]
+    _require(isinstance(heads, int) and isinstance(width, int), node, "its number or width of heads is not fixed")
+    _require(_shape(args["key"])[1] == heads, node, "several of its queries share a head of keys")
+    mask = reader.operand(args[op.mask], 4)
+    scale = args.get("scale")
+    assert isinstance(width, int) and isinstance(heads, int)
+    if not isinstance(mask, Shown) or mask.negated or not (mask.additive or op.boolean):
+        raise Differs(node, _UNKNOWN_MASK)
+    return _Dense(
+        result, (batch, heads, rows, keys), query, (key, key.split((batch, heads, keys, width))),
+        values, width, (mask, _one_top_k(mask, node)),
+        (width**-0.5 if scale is None else scale) * query.factor * key.factor,
+    )  # fmt: skip
+
+
+def _lies_by_rows(node: fx.Node) -> bool:
+    """Whether ``[B, H, S, v]`` is a transposed ``[B, S, H, v]``."""
+    value = node.meta["val"]
+    pairs = [(size_expr(value.shape[d]), size_expr(value.stride(d))) for d in (0, 2, 1, 3)]
+    return is_row_major([size for size, _ in pairs], [stride for _, stride in pairs])
+
+
+def _products(result: fx.Node, softmax: fx.Node, reader: MaskReader) -> _Dense:
     probabilities, values = trace(result.args[0]), trace(result.args[1])  # type: ignore[arg-type]
     sizes = _shape(softmax)
     _require(len(sizes) == 4, softmax, f"its scores have shape {list(sizes)} and not [B, H, S, K]")
@@ -113,15 +191,14 @@ def match_attention(result: fx.Node, softmax: fx.Node, reader: MaskReader) -> At
     )  # fmt: skip
     scores, mask, among = _masked(softmax, reader)
     left, right = _bmm(scores, sizes, "its scores")
-    offset = _causal(mask, among, (batch, rows, keys))
-    indexer = _indexer(among.topk, offset, (batch, rows, keys), reader)
     query, key = trace(left), trace(right)
-    nope, rope = _query(query, (batch, heads, rows, _shape(left)[-1]))
-    parts = _keys(key, values, (batch, heads, keys), _shape(left)[-1], _shape(result)[-1])
-    _require(_shape(nope.node)[-1] == parts[3][1], left, "its queries and keys are joined at different widths")
+    dims = key.split((batch, heads, _shape(left)[-1], keys))
+    key_dims = None if dims is None else (dims[0], dims[1], dims[3], dims[2])
     assert isinstance(heads, int)
     scale = scores.factor * query.factor * key.factor
-    return Attention(result, indexer, offset, (batch, rows, heads), nope, rope, *parts, scale)
+    return _Dense(
+        result, (batch, heads, rows, keys), query, (key, key_dims), values, _shape(left)[-1], (mask, among), scale
+    )
 
 
 def _masked(softmax: fx.Node, reader: MaskReader) -> tuple[Traced, Shown, Among]:
@@ -133,13 +210,20 @@ def _masked(softmax: fx.Node, reader: MaskReader) -> tuple[Traced, Shown, Among]
     for scores, mask in (total.args[:2], total.args[1::-1]):
         found = reader.operand(mask, 4)
         if isinstance(scores, fx.Node) and isinstance(found, Shown) and found.additive and not found.negated:
-            among = [c for c in found.conditions if isinstance(c, Among)]
-            _require(len(among) == 1, total, f"its mask is of {len(among)} top-k and not of one")
-            return trace(scores), found, among[0]
-    raise Differs(total, "its mask is not known to be causal and of a top-k alone")
+            return trace(scores), found, _one_top_k(found, total)
+    raise Differs(total, _UNKNOWN_MASK)
 
 
-def _causal(mask: Shown, among: Among, sizes: tuple[Size, Size, Size]) -> int:
+_UNKNOWN_MASK = "its mask is not known to be causal and of a top-k alone"
+
+
+def _one_top_k(mask: Shown, node: fx.Node) -> Among:
+    among = [c for c in mask.conditions if isinstance(c, Among)]
+    _require(len(among) == 1, node, f"its mask is of {len(among)} top-k and not of one")
+    return among[0]
+
+
+def _causal(mask: Shown, among: Among, sizes: tuple[Size, Size, Size]) -> Expr:
     """By how much a row sees beyond the key of its own number: ``[B, 1, S, K]`` is exactly causal and top-k."""
     batch, rows, keys = sizes
     topk, scored = among.topk, among.topk.args[0]
@@ -149,25 +233,35 @@ def _causal(mask: Shown, among: Among, sizes: tuple[Size, Size, Size]) -> int:
     _require(
         among.dims[1:] == (None, 1, 2) and (among.dims[0] == 0 or batch == 1), topk, "its mask transposes the top-k"
     )
-    return _only_causal(topk, mask.conditions - {among}, 4)
+    return _only_causal(topk, mask.conditions - {among}, sizes)
 
 
-def _only_causal(node: fx.Node, conditions: frozenset[object], ndim: int) -> int:
-    """The offset c of the one condition ``q - k + c >= 0``; at least 0, so that every row sees a key."""
-    steps = (*[sympy.S.Zero] * (ndim - 2), sympy.S.One, sympy.S.NegativeOne)
+def _only_causal(node: fx.Node, conditions: frozenset[object], sizes: tuple[Size, Size, Size]) -> Expr:
+    """The offset c of the one condition ``q - k + c >= 0``, at least 0, so that every row sees a key.
+
+    A lone row counts no rows, and where it sees every key there is no condition.
+    """
+    _, rows, keys = sizes
+    if rows == 1 and keys == 1 and not conditions:
+        return sympy.S.Zero
     (condition,) = conditions if len(conditions) == 1 else (None,)
-    causal = isinstance(condition, Affine) and condition.steps == steps and condition.offset.is_Integer
-    _require(causal, node, "its mask is not exactly causal (key <= query)")
+    _require(isinstance(condition, Affine), node, "its mask is not exactly causal (key <= query)")
     assert isinstance(condition, Affine)
-    _require(condition.offset >= 0, node, "some row sees no key")
-    return int(condition.offset)
+    *others, of_row, of_key = condition.steps
+    exact = not any(others) and of_key == (0 if keys == 1 else -1) and of_row == (0 if rows == 1 else 1)
+    _require(exact, node, "its mask is not exactly causal (key <= query)")
+    offset = sympy.expand(condition.offset)
+    whole = offset.is_Integer or (offset.is_integer and all(s.is_nonnegative for s in offset.free_symbols))
+    _require(whole, node, "its mask is not exactly causal (key <= query)")
+    _require(offset.is_nonnegative, node, "some row sees no key")
+    return offset
 
 
-def _indexer(topk: fx.Node, offset: int, sizes: tuple[Size, Size, Size], reader: MaskReader) -> Indexer:
+def _indexer(topk: fx.Node, offset: Expr, sizes: tuple[Size, Size, Size], reader: MaskReader) -> Indexer:
     """Match backwards from the top-k."""
     batch, rows, keys = sizes
     scored, conditions = _scored(topk, reader)
-    _require(_only_causal(topk, conditions, 3) == offset, topk, "indexer and attention see different keys")
+    _require(_only_causal(topk, conditions, sizes) == offset, topk, "indexer and attention see different keys")
     left, right = _bmm(scored, sizes, "the indexer's summed scores")
     heads = _shape(left)[-1]
     rectified, weights = trace(right), trace(left)
@@ -242,14 +336,14 @@ def _in_order(dims: Dims, order: list[int | None]) -> Dims:
 
 
 def _keys(
-    key: Traced, values: Traced, sizes: tuple[Size, Size, Size], width: Size, value_width: Size
+    key: tuple[Traced, Dims | None], values: Traced, sizes: tuple[Size, Size, Size], value_width: Size
 ) -> tuple[Arranged, Arranged, Arranged, tuple[int, int], tuple[int, int]]:
     """Latents, keys with position, the weight, and which of its rows make keys and values."""
     batch, heads, keys = sizes
-    node, dims = key.source, key.split((batch, heads, width, keys))
+    node, dims = key[0].source, key[1]
     parts = joined(node)
     _require(parts is not None, node, "its keys are not a part without and a part with position, joined")
-    order = None if dims is None else permutation(row_major(_shape(node)), (dims[0], dims[1], dims[3], dims[2]))
+    order = None if dims is None else permutation(row_major(_shape(node)), dims)
     _require(order is not None, node, "the dims of its keys are not where they should be")
     assert parts is not None and order is not None
     nope, rope = trace(parts[0]), trace(parts[1])

@@ -79,6 +79,8 @@ def trace(node: fx.Node) -> Traced:
 def _before(node: fx.Node) -> tuple[fx.Node, float] | None:
     """What ``node`` is a view, cast or multiple of."""
     name = op_name(node.target)
+    if node.target is aten.cat.default and (alone := _beside_nothing(node)) is not None:
+        return alone, 1.0
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     source, value = node.args[0], node.meta.get("val")
@@ -94,6 +96,12 @@ def _before(node: fx.Node) -> tuple[fx.Node, float] | None:
         if isinstance(number, int | float) and number:
             return source, float(number) if name == "aten::mul" else 1 / float(number)
     return None
+
+
+def _beside_nothing(cat: fx.Node) -> fx.Node | None:
+    """The one part that is not an empty vector: what a new cache is before anything is in it."""
+    parts = [p for p in cat.args[0] if tensor_shape(p.meta["val"]) != (0,)]  # type: ignore[union-attr]
+    return parts[0] if len(parts) == 1 and parts[0].meta["val"].dtype == cat.meta["val"].dtype else None  # type: ignore
 
 
 def _moved(node: fx.Node, dims: Dims) -> Dims | None:
