@@ -233,16 +233,19 @@ class _Prover:
         gm = run.run("materialise", materialise, piece.gm, self.graph, interval)
         changed = sum(route != "reduce" for route in interval.raises.values())
         run.runs[-1] = replace(run.runs[-1], rewrites=changed)
-        same = frozenset[str]()
+        same, failures = frozenset[str](), list[str]()
         if self.of.options.verify != "off":
             differ = (self.differ.nodes, self.differ.symbols)
             proof = run.run("verify-static", prove, piece.gm, gm, known.axis, known.tokens, self.same, *differ)
-            same = proof.same
-            self._note(piece, "static", [f"{f.node}: {f.message}" for f in proof.failures], trusts=list(proof.trusts))
+            same, failures = proof.same, [f"{f.node}: {f.message}" for f in proof.failures]
+            self._note(piece, "static", failures, trusts=list(proof.trusts))
         if self.of.options.verify == "numeric":
             given = (self.graph, interval, self.same, self.differ.symbols)
             checked = run.run("verify-numeric", check_numerically, piece.gm, *given)
             self._note(piece, "numeric", checked)
+            failures = [*failures, *checked]
+        if failures:
+            raise VerificationError(f"not proven: {failures[0]}")
         step = Step(self.graph, interval, gm.meta["gathers"], plan)
         return replace(piece, gm=gm, steps=[*piece.steps, step], same=same)
 
@@ -252,8 +255,6 @@ class _Prover:
             {"axis": name, "first": piece.first, "last": piece.last, "holds": not failures, "method": method,
              "failures": failures, **more}
         )  # fmt: skip
-        if failures:
-            raise VerificationError(f"not proven: {failures[0]}")
 
 
 def _identity(original: str, variant: Variant) -> str:
