@@ -89,7 +89,7 @@ def mutants(count: int, seed: int, switches: Switches, minutes: float) -> int:
     for kind in KINDS:
         print(f"{kind:28} " + ", ".join(f"{n} {verdict}" for verdict, n in found[kind].most_common()))
     verdicts = sum(found.values(), Counter())
-    print(f"{verdicts.total()} mutants of {len(found)} kinds: {dict(verdicts)}")
+    print(f"{verdicts.total()} mutants of {sum(map(bool, found.values()))} kinds: {dict(verdicts)}")
     return int(verdicts["survivor"] > 0)
 
 
