@@ -11,7 +11,7 @@ import torch
 import torch.fx as fx
 from fuzzing import trials
 from fuzzing.interpreter import Stuck, run_world
-from fuzzing.programs import Switches, sample
+from fuzzing.programs import sample
 from fuzzing.trials import FAULTS, attempt
 from fuzzing.worlds import AXIS, World
 
@@ -25,7 +25,7 @@ PAIR = World(2, {AXIS: ((0, 1),)})
 def outcomes() -> collections.Counter[str]:
     found: collections.Counter[str] = collections.Counter()
     for seed in SEEDS:
-        trial = attempt(sample(seed, HOLES), strategy="tp")
+        trial = attempt(sample(seed), strategy="tp")
         assert trial.outcome not in FAULTS, f"seed {seed}: {trial.detail}"
         found[trial.outcome] += 1
     return found
@@ -49,7 +49,7 @@ def test_a_wrong_rewrite_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return compiled
 
     monkeypatch.setattr(trials, "compile_sample", spoilt)
-    assert attempt(sample(0, HOLES), strategy="tp").outcome == "wrong numbers"
+    assert attempt(sample(0), strategy="tp").outcome == "wrong numbers"
 
 
 def test_the_same_seed_makes_the_same_graph() -> None:
@@ -99,6 +99,3 @@ def test_what_is_read_before_its_wait_is_not_there() -> None:
 def test_ranks_that_do_not_meet_are_stuck() -> None:
     with pytest.raises(Stuck, match="wait for ever"):
         run_world(PAIR, [graph((C10D.all_reduce.default, "sum", AXIS), WAIT), graph(WAIT)], ROWS)
-
-
-HOLES = Switches(reductions=False, groups=False, rank_ints=False, rank_constants=False)
