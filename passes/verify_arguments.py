@@ -134,7 +134,7 @@ class Arguments:
             return self.sizes.get(value, value)
         if isinstance(value, list | tuple):
             return tuple(self.resolve(v) for v in value)
-        return value
+        return plain(value) if isinstance(value, torch.SymInt) else value
 
     def arguments(self, node: fx.Node) -> Mapping[str, Argument]:
         """All arguments by name."""

@@ -161,10 +161,11 @@ def rescaled(gm: fx.GraphModule) -> None:
     node = gm.graph.find_nodes(op="call_function", target=aten.mm.default)[0]
     rows, weight = node.args
     with gm.graph.inserting_before(node):
-        scale = gm.graph.call_function(aten.amax.default, (rows, [1], True))
+        scales = [gm.graph.call_function(aten.amax.default, (rows, dims, True)) for dims in ([1], [0, 1])]
     with node.meta["val"].fake_mode:
-        scale.meta["val"] = rows.meta["val"].amax(1, True)
-    node.target, node.args = aten._scaled_mm.default, (rows, weight, scale, scale)
+        for scale in scales:
+            scale.meta["val"] = rows.meta["val"].amax(scale.args[1], True)
+    node.target, node.args = aten._scaled_mm.default, (rows, weight, *scales)
 
 
 def other_group(gm: fx.GraphModule) -> None:
