@@ -68,9 +68,9 @@ def traced(kind: str, layers: int, axis: str, ranks: int) -> Iterator[Target]:
             yield found
 
 
-def compiled(found: Target, kind: str, strategy: Strategy) -> Compiled:
+def compiled(found: Target, strategy: Strategy) -> Compiled:
     """What the backend makes of the trace, which is canonicalised in place."""
-    given = {"profile": "ascend-a3", "sparse_attention": kind == "v32", "replicated": found.replicated}
+    given = {"profile": "ascend-a3", "replicated": found.replicated}
     options = Options.parse({**given, **strategy.options})
     if not strategy.modules:
         return compile_trace(found.trace, options, found.axes)

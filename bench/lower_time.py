@@ -61,7 +61,7 @@ def _strategy(sender: Connection, row: Row, found: Any, tokens: int) -> None:
     """Rewrite and lower, in a fork whose trace is its own."""
     before, strategy = _resident("VmRSS"), STRATEGIES[row["strategy"]]
     began = time.process_time()
-    outcome = compiled(found, row["kind"], strategy)
+    outcome = compiled(found, strategy)
     row |= {"rewrite_cpu_s": time.process_time() - began, "refused": outcome.refused}
     row["unproven"] = [failure for proof in outcome.proofs for failure in proof["failures"]]
     for static in (False, True):

@@ -123,8 +123,8 @@ def groups_of(mesh: DeviceMesh) -> dict[str, tuple[tuple[int, ...], ...]]:
             continue
         with _disable_current_modes():
             for dim in range(whole.ndim):
-                lists = whole.mesh.movedim(dim, -1).reshape(-1, whole.size(dim)).tolist()
                 with contextlib.suppress(RuntimeError, ValueError, KeyError):  # its process groups are gone
+                    lists = whole.mesh.movedim(dim, -1).reshape(-1, whole.size(dim)).tolist()
                     found[whole.get_group(dim).group_name] = tuple(map(tuple, lists))
     return found
 

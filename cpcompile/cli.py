@@ -92,8 +92,8 @@ def explain(
     require: Annotated[list[str], typer.Option(metavar="PATTERN", help="Must be rewritten, else an error.")] = [],  # noqa: B006
     replicated: ReplicatedOption = [],  # noqa: B006
     sparse_attention: Annotated[
-        bool, typer.Option("--sparse-attention", help="Recognise DeepSeek sparse attention.")
-    ] = False,
+        bool, typer.Option("--sparse-attention/--no-sparse-attention", help="Recognise DeepSeek sparse attention.")
+    ] = True,
     modules: ModulesOption = "",
     module: ModuleOption = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,

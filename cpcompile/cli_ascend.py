@@ -35,8 +35,8 @@ def lower(
     profile: Annotated[str, typer.Option(help="Hardware that plans are made for.")] = "ascend-a3",
     replicated: ReplicatedOption = [],  # noqa: B006
     sparse_attention: Annotated[
-        bool, typer.Option("--sparse-attention", help="Recognise DeepSeek sparse attention.")
-    ] = False,
+        bool, typer.Option("--sparse-attention/--no-sparse-attention", help="Recognise DeepSeek sparse attention.")
+    ] = True,
     mc2: Annotated[bool, typer.Option("--mc2", help="Matmul and its reduce-scatter or all-gather as one op.")] = False,
     uneven: Annotated[bool, typer.Option("--uneven", help="Scatter and gather uneven rows, in place of pads.")] = False,
     mla_prolog: Annotated[bool, typer.Option("--mla-prolog", help="MLA ahead of attention as one op.")] = False,

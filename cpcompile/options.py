@@ -71,13 +71,14 @@ class Options:
             inputs and weights, ``"off"`` does neither.
         require: fnmatch patterns of all-reduces or modules; each must match one that is rewritten, else an error.
             With it, a failed proof is an error too.
-        deterministic: keep every reduction order: all-reduces stay as they are.
+        deterministic: keep every reduction order: all-reduces stay as they are, and sparse attention dense.
         plan: a saved plan (or its path) to apply instead of making one.
         dump_dir: write graphs, plan and report of every compilation there.
         profile: hardware profile, by name or as a ``HardwareProfile``; empty chooses by device.
         replicated: fnmatch patterns of inputs that are the same on every rank; ``"!pattern"`` says not.
-        sparse_attention: recognise DeepSeek sparse attention in its eager form and run it as ``lightning_indexer`` and
-            ``sparse_attention``, which hold no scores of every query and key. Opt-in, as it moves roundings.
+        sparse_attention: recognise DeepSeek sparse attention, written as masked dense attention, and run it as
+            ``lightning_indexer`` and ``sparse_attention``, which hold no scores of every query and key. It moves
+            roundings, so ``deterministic`` leaves it as it came.
         routed_experts: recognise experts that sort the tokens and run them as ``routed_experts``, which a shard can run
             on its own tokens: the same steps, in one op that the compiler takes apart again.
         timeout_s: seconds to wait for the other ranks at compile time.
@@ -118,7 +119,7 @@ class Options:
     dump_dir: str | Path | None = None
     profile: str | HardwareProfile = ""
     replicated: tuple[str, ...] = ()
-    sparse_attention: bool = False
+    sparse_attention: bool = True
     routed_experts: bool = True
     timeout_s: float = 120.0
     finegrained_tp_config: Mapping[str, int] = field(default_factory=dict)

@@ -91,14 +91,29 @@ def _compile_graph(
     result.variants = [Variant(0, None, result.original)]
     runner.change("canonicalise", Canonicalise(), gm)
     runner.change("per-token-attention", PerTokenAttention(), gm)
-    if options.sparse_attention:
-        runner.change("recognise-sparse-attention", RecogniseSparseAttention(), gm)
+    if options.sparse_attention and not options.deterministic:
+        _recognise_sparse_attention(gm, result)
     if options.routed_experts:
         runner.change("recognise-routed-experts", RecogniseRoutedExperts(), gm)
     runner.attempt("the placement", _place, gm, inputs, options, exchange_for, axes, broken, result)
     if kinds:
         runner.attempt("the sharing of modules", _share, gm, inputs, options, exchange_for, kinds, result)
     return result
+
+
+def _recognise_sparse_attention(gm: fx.GraphModule, result: Compiled) -> None:
+    """Recognise sparse attention in ``gm``, which then runs where nothing is placed; say what is not recognised."""
+    result.runner.change("recognise-sparse-attention", RecogniseSparseAttention(), gm)
+    done = result.runner.runs[-1]
+    node, reason = next(iter(done.refusals), ("", ""))
+    if node:  # else all are recognised, or the runner has told of an exception
+        total = done.rewrites + len(done.refusals)
+        log.warning(
+            "cpcompile: sparse attention runs dense in %d of %d attentions: %s: %s",
+            len(done.refusals), total, node, reason,
+        )  # fmt: skip
+    if done.rewrites:
+        result.variants = [Variant(0, None, fx.GraphModule(gm, copy_graph(gm.graph)))]
 
 
 def _place(
@@ -118,10 +133,13 @@ def _place(
         else find_axes((ar.group_name for ar in reduced), options.axes, meshes_of(inputs))
     )
     unknown = _adopt_names(gm, result.axes)
+    if (base := result.variants[0].gm) is not result.original:
+        _adopt_names(base, result.axes)
     reduced = find_all_reduces(gm)
     result.sites = result.runner.attempt("the list of all-reduces", find_sites, gm).result or []
     if unknown:
         why = _NO_GROUP.format(unknown[0])
+        result.variants = [Variant(0, None, result.original)]
         result.refused = dict.fromkeys([*(axis.name for axis in result.axes), *unknown], why)
         return _require(result, options)
     if options.strategy == "off" or options.deterministic or not result.axes:

@@ -164,10 +164,14 @@ def _cat(reader: MaskReader, node: fx.Node) -> Meaning:
             return None
         runs.append((found, start, shape[dim]))
         start += shape[dim]
-    last, at, _ = runs[-1]
-    whole = Affine(last.steps, last.offset - last.steps[dim] * at)
+    first, rest = runs[0][0], runs[1:]
+    # One position alone has no step: that of a longer piece, or from one position to the next.
+    step = next((found.steps[dim] for found, _, length in runs if length != ONE), None)
+    if step is None:
+        step = rest[0][0].offset - first.offset if rest else sympy.S.Zero
+    whole = Affine((*first.steps[:dim], step, *first.steps[dim + 1 :]), first.offset)
     for found, at, length in runs:
-        steps = tuple(whole.steps[d] if d == dim and length == ONE else s for d, s in enumerate(found.steps))
+        steps = tuple(step if d == dim and length == ONE else s for d, s in enumerate(found.steps))
         if steps != whole.steps or sympy.expand(found.offset - whole.offset - whole.steps[dim] * at) != 0:
             return None
     return whole
@@ -184,7 +188,7 @@ def _compare(reader: MaskReader, node: fx.Node) -> Meaning:
         if any(sympy.expand(s) != 0 for s in more.steps) or not sympy.expand(more.offset).is_number:
             return None
         return Shown(negated=(sympy.expand(more.offset) == 0) != (name == "eq"))
-    return Shown(frozenset({replace(more, offset=more.offset - (name in ("lt", "gt")))}))
+    return Shown(frozenset({replace(more, offset=more.offset - int(name in ("lt", "gt")))}))
 
 
 def _and(reader: MaskReader, node: fx.Node) -> Meaning:

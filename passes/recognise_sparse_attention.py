@@ -120,7 +120,8 @@ class _Builder:
         if attended.meta["val"].dtype != result.meta["val"].dtype:
             attended = emit(result, aten._to_copy.default, attended, dtype=result.meta["val"].dtype)
         result.replace_all_uses_with(attended)
-        erase(result)
+        # PyTorch's fused ops count as impure, for their dropout, of which there is none here.
+        erase(result, *(result.all_input_nodes if result.target is operator.getitem else ()))
 
     def _size(self, size: Size, found: Attention) -> int | fx.Node:
         node = size_node(self.graph, size)

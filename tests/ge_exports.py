@@ -60,7 +60,7 @@ def export(
     from cpcompile.lowering.targets import Settings
 
     ranks = traces(kind, size, layers, dtype, **changes)
-    every = ranks.compile(strategy=strategy, profile="ascend-a3", sparse_attention=kind == "v32" and strategy != "off")
+    every = ranks.compile(strategy=strategy, profile="ascend-a3", sparse_attention=strategy != "off")
     unsupported = []
     for rank, (trace, compiled) in enumerate(zip(ranks.traces, every, strict=True)):
         with fake_rank(rank, size), torch.no_grad():

@@ -61,7 +61,7 @@ def lowered(kind: str, strategy: str, mc2: bool = False, tokens: int = 64) -> di
     trace, _ = traced(kind)
     with fake_rank(0, 2) as mesh:
         gm = fx.GraphModule(trace.gm, copy_graph(trace.gm.graph))
-        options = {"strategy": strategy, "profile": "ascend-a3", "sparse_attention": kind == "v32", "replicated": ["*"]}
+        options = {"strategy": strategy, "profile": "ascend-a3", "replicated": ["*"]}
         compiled = compile_graph(
             gm, trace.inputs, Options.parse(options), lambda a: OfflineExchange(a.size, a.rank), [axis_of("tp", mesh)]
         )

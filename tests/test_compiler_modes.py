@@ -38,7 +38,7 @@ def test_recognisers_read_numbers_under_the_compilers_fake_mode(trace: Any, name
     mode = fake_mode_of(gm)
     assert mode is not None
     with mode:
-        made = compile_graph(gm, found.inputs, Options.parse({"sparse_attention": True}), lambda _: pytest.fail(), [])
+        made = compile_graph(gm, found.inputs, Options(), lambda _: pytest.fail(), [])
     assert {run.name: run.rewrites for run in made.passes}[name] == 1
 
 

@@ -63,11 +63,23 @@ def is_model(folder: Path, kind: str, counts: Sequence[int], weights: Sequence[M
         torch.testing.assert_close(found, ge_targets.logits(kind, count), rtol=0, atol=TOLERANCE)
 
 
+def indexers(folder: Path) -> int:
+    """How many sparse attentions rank 0's graph runs as such."""
+    return sum(op.type == "LightningIndexer" for op in rank_of(folder / "rank_0").graph.ops)
+
+
+def test_sparse_attention_is_left_dense_on_request(ascend: AscendProcess, tmp_path: Path) -> None:
+    ascend(
+        lower, f"{TARGETS}:v32", "--axis", "tp=2", "--no-sparse-attention", "--static", "--tokens", 16, "-o", tmp_path
+    )
+    assert indexers(tmp_path) == 0
+
+
 @pytest.mark.parametrize(("kind", "layout"), [("v3", "contiguous"), ("v32", "zigzag")])
 def test_context_parallel(ascend: AscendProcess, tmp_path: Path, kind: str, layout: str) -> None:
     cp = ["--axis", "cp=2", "--strategy", "cp", "--layout", layout, "--replicated", "*"]
-    sparse = ["--sparse-attention"] if kind == "v32" else []
-    ascend(lower, f"{TARGETS}:{kind}", *cp, *sparse, "-o", tmp_path)
+    ascend(lower, f"{TARGETS}:{kind}", *cp, "-o", tmp_path)
+    assert indexers(tmp_path) == (len(ge_targets.model(kind).model.layers) if kind == "v32" else 0)
     for tokens in TOKENS:
         is_model(tmp_path, kind, [tokens] * 2, [state(ge_targets.model(kind))] * 2)
 
@@ -77,8 +89,7 @@ def test_tensor_parallel_for_one_number_of_tokens(
     ascend: AscendProcess, tmp_path: Path, kind: str, tokens: int
 ) -> None:
     tp = ["--axis", "tp=2", "--strategy", "tp", "--static", "--tokens", tokens]
-    sparse = ["--sparse-attention"] if kind == "v32" else []
-    ascend(lower, f"{TARGETS}:{kind}", *tp, *sparse, "-o", tmp_path)
+    ascend(lower, f"{TARGETS}:{kind}", *tp, "-o", tmp_path)
     for rank in range(2):
         shapes = [row["shape"] for row in summary(tmp_path, rank)["inputs"]]
         assert [1, tokens] in shapes and not any(-1 in shape for shape in shapes)
