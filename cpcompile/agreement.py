@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cpcompile.axes import Axis
-from cpcompile.axis_rewrite import WHOLE, AxisRewrite, Part
+from cpcompile.axis_parts import WHOLE, AxisRewrite, Part
 from cpcompile.compiled import Variant
 from cpcompile.errors import AxisError, CpcompileError, ExchangeError
 from cpcompile.exchange import Exchange
@@ -142,4 +142,5 @@ def _settle(agreed: Agreed, part: Part, axis: Axis, why: Mapping[int, str]) -> N
 
 
 def _left_alone(variant: Variant, axis: Axis, reason: str) -> Variant:
-    return replace(variant, refused={**variant.refused, axis.name: reason})
+    unit = variant.next_unit(axis.name)  # none for a variant that had nothing to be placed
+    return replace(variant, refused={**variant.refused, unit: reason}) if unit and reason else variant

@@ -6,15 +6,16 @@ planned, and an interval that cannot be rewritten or proven, are left out; the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.fx as fx
 
 from cpcompile.axes import Axis
-from cpcompile.compiled import Step, Variant, first_tokens
+from cpcompile.axis_parts import WHOLE, AxisRewrite, Part
+from cpcompile.compiled import Step, Variant, count_at, first_tokens
 from cpcompile.costs import HardwareProfile
 from cpcompile.errors import AxisError, ExchangeError, PlanError, VerificationError
 from cpcompile.exchange import Exchange
@@ -22,68 +23,21 @@ from cpcompile.graph_inputs import GraphInput, unique_names
 from cpcompile.options import Options
 from cpcompile.passes.collectives import find_all_reduces
 from cpcompile.passes.explicit_causal_masks import ExplicitCausalMasks, find_causal
+from cpcompile.passes.keep_names import keep_names
 from cpcompile.passes.materialise import materialise
 from cpcompile.passes.place import place
 from cpcompile.passes.placement_problem import PlacementGraph, build
+from cpcompile.passes.token_counts import Further
 from cpcompile.passes.token_dims import Annotation, annotate, repeats_attention
 from cpcompile.passes.token_layout import Expr
 from cpcompile.passes.verify_numeric import check_numerically
 from cpcompile.passes.verify_ranks import Differences, differences
 from cpcompile.passes.verify_static import prove
 from cpcompile.plan import AxisPlan, Interval, Plan
-from cpcompile.replication import GraphFacts, InputFact, exchange_facts, structure_fingerprint
+from cpcompile.replication import GraphFacts, exchange_facts, structure_fingerprint
 from cpcompile.runner import Runner
 
-WHOLE = -1
 _READ = (torch.Tensor, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
-
-
-@dataclass
-class Part:
-    """What the axis makes of one variant.
-
-    Args:
-        variant: the variant before.
-        plan: the axis's plan for it; None where there is none.
-        pieces: number of an interval of the plan → what the variant becomes there, by ascending token count.
-        refused: number of an interval, or ``WHOLE`` → why it runs as it came over this axis: what failed.
-        reason: why there is nothing to place; empty where there is a plan, or something failed.
-        reduced: the values that the axis's all-reduces make.
-    """
-
-    variant: Variant
-    plan: AxisPlan | None = None
-    pieces: dict[int, Variant] = field(default_factory=dict)
-    refused: dict[int, str] = field(default_factory=dict)
-    reason: str = ""
-    reduced: list[str] = field(default_factory=list)
-
-    def plan_without(self, refused: Collection[int]) -> AxisPlan:
-        """The plan in which the intervals of these numbers are as the graph came."""
-        assert self.plan is not None
-        raises = dict.fromkeys(self.reduced, "reduce")
-        intervals = [
-            replace(i, labels={}, raises=raises, cost_s=i.unchanged_s, bound_s=i.unchanged_s) if n in refused else i
-            for n, i in enumerate(self.plan.intervals)
-        ]
-        return replace(self.plan, intervals=tuple(intervals))
-
-
-@dataclass
-class AxisRewrite:
-    """What one axis makes of all variants, as this rank sees it.
-
-    Args:
-        parts: one for each variant.
-        facts: what was established of every graph input.
-        tokens: the token count as an expression; None where nothing was planned.
-        proofs: see ``Compiled.proofs``.
-    """
-
-    parts: list[Part] = field(default_factory=list)
-    facts: list[InputFact] = field(default_factory=list)
-    tokens: Expr | None = None
-    proofs: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -125,14 +79,30 @@ class Rewriter:
             raise ExchangeError(lost)
         found, original = AxisRewrite(tokens=self.base), structure_fingerprint(self.original)
         for variant in variants:
-            facts = self._facts(variant.gm)  # every rank is here once for each variant
-            differ = differences(variant.gm, self.exchange.all_gather)
-            found.facts = facts.inputs
-            made = self.runner.attempt(
-                f"the plan of axis {self.axis.name}", self._part, variant, facts, differ, original, found
-            )
-            found.parts.append(made.result or Part(variant, refused={WHOLE: made.reason}))
+            found.facts = self._facts(variant.gm)  # every rank is here once for each variant
+            known = replace(variant, differ=differences(variant.gm, self.exchange.all_gather))
+            found.parts.append(self._attempt(known, original, found))
         return found
+
+    def further(self, variants: Sequence[Variant], before: AxisRewrite) -> AxisRewrite:
+        """Place each variant's next token count, which stays as it is over this axis so far.
+
+        Nothing is exchanged: that ranks' rows differ shifts the nodes of the graphs, so they do not compare.
+
+        Raises:
+            AxisError, PlanError: the axis or the saved plan does not fit the graph.
+        """
+        found, original = AxisRewrite(tokens=before.tokens), structure_fingerprint(self.original)
+        found.facts = GraphFacts(before.facts.inputs, frozenset(), before.facts.varying)
+        for variant in variants:
+            more = variant.next_count(self.axis.name)
+            found.parts.append(self._attempt(variant, original, found, more) if more else Part(variant))
+        return found
+
+    def _attempt(self, variant: Variant, original: str, found: AxisRewrite, more: Further | None = None) -> Part:
+        unit = f"the plan of axis {variant.next_unit(self.axis.name)}"
+        made = self.runner.attempt(unit, self._part, variant, original, found, more)
+        return made.result or Part(variant, refused={WHOLE: made.reason})
 
     def _facts(self, gm: fx.GraphModule) -> GraphFacts:
         names, values, kinds = unique_names(self.inputs), [i.value for i in self.inputs], [i.kind for i in self.inputs]
@@ -142,37 +112,39 @@ class Rewriter:
             declared=self.options.replicated, mutated=written,
         )  # fmt: skip
 
-    def _part(
-        self, variant: Variant, facts: GraphFacts, differ: Differences, original: str, found: AxisRewrite
-    ) -> Part:
+    def _part(self, variant: Variant, original: str, found: AxisRewrite, more: Further | None) -> Part:
+        facts = found.facts
         placeholders = [n.name for n in variant.gm.graph.find_nodes(op="placeholder")]
         # What is neither tensor nor number (a mesh, None) is read by no node.
         same = {
             p: f.replicated or not isinstance(i.value, _READ)
             for p, f, i in zip(placeholders, facts.inputs, self.inputs, strict=True)
         }
-        known, repeats = self._annotated(variant.gm, same, facts)
-        reason = self._no_use(known, repeats, variant.gm) or unplaceable(known, repeats, self.options.strategy)
+        known, repeats = self._annotated(variant.gm, same, facts, more)
+        reason = "" if more else self._no_use(known, repeats, variant.gm)
+        reason = reason or unplaceable(known, repeats, "" if more else self.options.strategy)
         if reason:
             return Part(variant, reason=reason)
         if repeats and not known.gathers and not known.own_rows:  # a graph's own moves are of contiguous rows
             known.axis = replace(self.axis, layout=self.options.layout)
         graph = self.runner.run("problem", build, known, self.hardware)
-        plan = self._plan(graph, _identity(original, variant))
+        plan = self._plan(graph, variant, original, found.tokens)
+        if plan is None:
+            return Part(variant, reason=f"the plan has none for {known.tokens} tokens: make a new plan")
         part = Part(variant, plan, reduced=[c.node.name for c in graph.choices if c.reduced])
         found.tokens = found.tokens or known.tokens
-        prover = _Prover(self, graph, same.__getitem__, differ, found)
+        prover = _Prover(self, graph, same.__getitem__, variant.differ or Differences(), found)
         for number, interval in enumerate(plan.intervals):
             prover.add(part, number, interval)
         return part
 
     def _annotated(
-        self, gm: fx.GraphModule, same: dict[str, bool], facts: GraphFacts
+        self, gm: fx.GraphModule, same: dict[str, bool], facts: GraphFacts, more: Further | None
     ) -> tuple[Annotation, bool | None]:
-        told = (self.axis, same, facts.rank_dependent, facts.varying)
+        told = (self.axis, same, facts.rank_dependent, facts.varying, more)
         known = self.runner.run("annotate", annotate, gm, *told)
         repeats = repeats_attention(known)
-        if repeats and self.options.strategy != "tp" and find_causal(gm):
+        if repeats and not more and self.options.strategy != "tp" and find_causal(gm):
             # Only what is split by queries needs them: elsewhere the causal kernel is the faster one.
             self.runner.change("explicit-causal-masks", ExplicitCausalMasks(), gm)
             known = self.runner.run("annotate", annotate, gm, *told)
@@ -190,10 +162,16 @@ class Rewriter:
             return f"{reason}; the model comes in several graphs: {self.broken}"
         raise AxisError(f"{reason} (its groups: {sorted(groups)}); give the group that the model was sharded over")
 
-    def _plan(self, graph: PlacementGraph, fingerprint: str) -> AxisPlan:
-        if self.saved is not None:
-            return _saved_plan(self.saved, graph.known.axis, fingerprint)
-        return self.runner.run("place", place, graph, self.hardware, self.options.strategy, fingerprint)
+    def _plan(self, graph: PlacementGraph, variant: Variant, original: str, base: Expr | None) -> AxisPlan | None:
+        """The plan of the graph's token count; None where a saved one has none for a further count."""
+        fingerprint, known = _identity(original, variant, self.axis.name), graph.known
+        if self.saved is None:
+            # A further count has one plan: the best where there are as many tokens as the variant is made for.
+            at = count_at(known.tokens, base, variant.typical, graph.hints) if known.further else None
+            return self.runner.run("place", place, graph, self.hardware, self.options.strategy, fingerprint, at)
+        if known.further and all(plan.graph != fingerprint for plan in self.saved.axes):
+            return None
+        return _saved_plan(self.saved, known.axis, fingerprint)
 
 
 @dataclass
@@ -209,7 +187,7 @@ class _Prover:
     def add(self, part: Part, number: int, interval: Interval) -> None:
         """Add what becomes of an interval, unless no token count of the variant lies in it."""
         assert part.plan is not None
-        variant, name = part.variant, self.graph.known.axis.name
+        variant, unit = part.variant, part.variant.next_unit(self.graph.known.axis.name)
         begin, end = _range(interval, self.graph.known.tokens, self.found.tokens)
         first = max(variant.first, begin)
         last = min((v for v in (variant.last, end) if v is not None), default=None)
@@ -221,7 +199,7 @@ class _Prover:
             step = Step(self.graph, interval, [], part.plan)
             part.pieces[number] = replace(piece, steps=[*variant.steps, step], same=same)
             return
-        made = self.of.runner.attempt(f"axis {name} at {piece.span}", self._made, piece, interval, part.plan)
+        made = self.of.runner.attempt(f"axis {unit} at {piece.span}", self._made, piece, interval, part.plan)
         if made.result is None:
             part.refused[number] = made.reason
         else:
@@ -233,11 +211,15 @@ class _Prover:
         gm = run.run("materialise", materialise, piece.gm, self.graph, interval)
         changed = sum(route != "reduce" for route in interval.raises.values())
         run.runs[-1] = replace(run.runs[-1], rewrites=changed)
-        same, failures = frozenset[str](), list[str]()
+        done = replace(piece, steps=[*piece.steps, Step(self.graph, interval, gm.meta["gathers"], plan)])
+        if done.next_count(known.axis.name):
+            gm = keep_names(gm, gm.meta["wholes"], {node.name for node in piece.gm.graph.nodes})
+        same, failures, differ = frozenset[str](), list[str](), self.differ
         if self.of.options.verify != "off":
-            differ = (self.differ.nodes, self.differ.symbols)
-            proof = run.run("verify-static", prove, piece.gm, gm, known.axis, known.tokens, self.same, *differ)
+            told = (self.differ.nodes, self.differ.symbols)
+            proof = run.run("verify-static", prove, piece.gm, gm, known.axis, known.tokens, self.same, *told)
             same, failures = proof.same, [f"{f.node}: {f.message}" for f in proof.failures]
+            differ = Differences(frozenset(n.name for n in gm.graph.nodes) - same, self.differ.symbols)
             self._note(piece, "static", failures, trusts=list(proof.trusts))
         if self.of.options.verify == "numeric":
             given = (self.graph, interval, self.same, self.differ.symbols)
@@ -246,8 +228,7 @@ class _Prover:
             failures = [*failures, *checked]
         if failures:
             raise VerificationError(f"not proven: {failures[0]}")
-        step = Step(self.graph, interval, gm.meta["gathers"], plan)
-        return replace(piece, gm=gm, steps=[*piece.steps, step], same=same)
+        return replace(done, gm=gm, same=same, differ=differ)
 
     def _note(self, piece: Variant, method: str, failures: list[str], **more: Any) -> None:
         name = self.graph.known.axis.name
@@ -257,10 +238,14 @@ class _Prover:
         )  # fmt: skip
 
 
-def _identity(original: str, variant: Variant) -> str:
-    """What a plan is for: the graph as it came, and how earlier axes rewrote it. The same on ranks of every axis."""
+def _identity(original: str, variant: Variant, axis: str) -> str:
+    """What a plan is for: the graph as it came, and how earlier axes rewrote it. The same on ranks of every axis.
+
+    A further count is told by its number: symbols have other names elsewhere.
+    """
     steps = [f"{s.graph.known.axis.name} {s.interval.first}-{s.interval.last}" for s in variant.steps]
-    return " after ".join([original, *steps])
+    number = variant.next_number(axis)
+    return " after ".join([original, *steps]) + (f", token count {number}" if number > 1 else "")
 
 
 def unplaceable(known: Annotation, repeats: bool | None, strategy: str) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,10 @@ from cpcompile.module_tp import Sharing
 from cpcompile.passes.all_reduce_sites import Site
 from cpcompile.passes.describe import describe, outline
 from cpcompile.passes.indexer_costs import is_indexer, least_sharded
-from cpcompile.passes.placement_problem import PlacementGraph
+from cpcompile.passes.placement_problem import PlacementGraph, takes_rows
+from cpcompile.passes.token_counts import Further, further_counts
 from cpcompile.passes.token_layout import Expr, counted, size_expr
+from cpcompile.passes.verify_ranks import Differences
 from cpcompile.plan import AxisPlan, Interval, Plan
 from cpcompile.replication import InputFact
 from cpcompile.report import Collective, PassRun, Report
@@ -34,7 +36,8 @@ class Variant:
     gm: fx.GraphModule
     steps: list[Step] = field(default_factory=list)
     same: frozenset[str] = frozenset()  # nodes that are known to be the same on all ranks of the last step's axis
-    refused: dict[str, str] = field(default_factory=dict)  # axis name → why it is not rewritten over that axis
+    refused: dict[str, str] = field(default_factory=dict)  # what is not rewritten (``next_unit``) → why
+    differ: Differences | None = None  # what of the graph differs between these ranks, as the proof has it
 
     @property
     def span(self) -> str:
@@ -47,10 +50,41 @@ class Variant:
         at = self.steps[0].interval.at if self.steps else self.first
         return at if at >= self.first and (self.last is None or at <= self.last) else self.first
 
+    def over(self, axis: str) -> list[Step]:
+        """The steps over one axis: one for each token count."""
+        return [step for step in self.steps if step.graph.known.axis.name == axis]
+
+    def next_count(self, axis: str) -> Further | None:
+        """The next further token count to place over ``axis``, which was placed for one; None where there is none."""
+        steps = self.over(axis)
+        for count, sums in further_counts(steps[0].graph.known).items() if steps else ():
+            done = any(step.graph.known.tokens == count for step in steps)
+            if not done and _unit(axis, count) not in self.refused:
+                before = steps[-1].graph
+                same = frozenset(n.name for n in before.known.replicated if not takes_rows(before, n))
+                return Further(count, sums, same)
+        return None
+
+    def next_unit(self, axis: str) -> str:
+        """What is to be placed next over ``axis``, in words; empty where nothing is."""
+        if not self.over(axis):
+            return "" if axis in self.refused else axis
+        more = self.next_count(axis)
+        return _unit(axis, more.count) if more else ""
+
+    def next_number(self, axis: str) -> int:
+        """The number of the token count that is placed next over ``axis``, from 1."""
+        more = self.next_count(axis)
+        return 2 + list(further_counts(self.over(axis)[0].graph.known)).index(more.count) if more else 1
+
+
+def _unit(axis: str, count: Expr) -> str:
+    return f"{axis} ({count} tokens)"
+
 
 @dataclass
 class Step:
-    """How one axis was rewritten in a variant: by ``interval``, which is one of ``plan``."""
+    """How one axis was rewritten in a variant for one token count: by ``interval``, which is one of ``plan``."""
 
     graph: PlacementGraph
     interval: Interval
@@ -60,9 +94,8 @@ class Step:
     def describe(self, tokens: int, base: Expr | None) -> list[Collective]:
         """Rows of this axis at ``tokens`` tokens of the model, whose symbol is ``base``."""
         count = self.graph.known.tokens
-        return describe(
-            self.graph, self.interval, count_at(count, base, tokens), self.gathers, self._break_evens(count, base)
-        )
+        here = count_at(count, base, tokens, self.graph.hints)
+        return describe(self.graph, self.interval, here, self.gathers, self._break_evens(count, base))
 
     def _break_evens(self, count: Expr | None, base: Expr | None) -> dict[str, int]:
         """Indexer → the fewest tokens of the model at which the plan shards it; none for static T and if at every T."""
@@ -73,11 +106,19 @@ class Step:
         return {name: first_tokens(count, base, t) for name, t in least.items() if t}
 
 
-def count_at(count: Expr | None, base: Expr | None, tokens: int) -> int:
-    """An axis's token count at ``tokens`` tokens of the model: after context parallelism, those of a shard."""
+def count_at(
+    count: Expr | None, base: Expr | None, tokens: int, hints: Mapping[sympy.Symbol, int] | None = None
+) -> int:
+    """A token count at ``tokens`` tokens of the model: after context parallelism, those of a shard.
+
+    One that does not depend on the model's (a second micro-batch's) is stated alike; other sizes have their ``hints``.
+    """
     if count is None or base is None or count == base:
         return tokens
-    return int(counted(count, base, sympy.Integer(tokens)).subs(base, tokens))
+    found = counted(count, base, sympy.Integer(tokens)).subs(base, tokens)
+    if found.free_symbols and found == count:
+        return tokens
+    return int(found.subs({s: (hints or {}).get(s, 1) for s in found.free_symbols}))
 
 
 def first_tokens(count: Expr | None, base: Expr | None, least: int) -> int:
@@ -153,13 +194,29 @@ class Compiled:
 
     def rows(self, variant: Variant, tokens: int) -> list[Collective]:
         """Every collective of the variant that was placed, and every all-reduce that was not."""
-        rows = []
-        for step in variant.steps:
-            name = f"the report of axis {step.graph.known.axis.name}"
-            made = self.runner.attempt(name, step.describe, tokens, self.tokens)
-            rows += made.result if made.result is not None else outline(step.graph, step.interval, made.reason)
+        return [row for of_step in self.step_rows(variant, tokens) for row in of_step] + self.kept_rows(variant)
+
+    def step_rows(self, variant: Variant, tokens: int) -> list[list[Collective]]:
+        """The rows of each step. An all-reduce of a further count is told by the step that places that, or refused."""
+        found = []
+        for number, step in enumerate(variant.steps):
+            axis = step.graph.known.axis.name
+            made = self.runner.attempt(f"the report of axis {axis}", step.describe, tokens, self.tokens)
+            rows = made.result if made.result is not None else outline(step.graph, step.interval, made.reason)
+            after = (s.graph.known for s in variant.steps[number + 1 :])
+            later = {wait.name for known in after if known.axis.name == axis for wait in known.all_reduces}
+            why = {
+                name: variant.refused.get(_unit(axis, count), "")
+                for count, names in further_counts(step.graph.known).items()
+                for name in names
+            }
+            found.append([replace(r, reason=why.get(r.name) or r.reason) for r in rows if r.name not in later])
+        return found
+
+    def kept_rows(self, variant: Variant) -> list[Collective]:
+        """Every all-reduce of the variant that no axis could move."""
         placed = {step.graph.known.axis.group_name for step in variant.steps}
-        return rows + [self._kept(s, variant) for s in self.sites if s.reason or s.group not in placed]
+        return [self._kept(s, variant) for s in self.sites if s.reason or s.group not in placed]
 
     def _kept(self, site: Site, variant: Variant) -> Collective:
         axis = next((a.name for a in self.axes if a.owns(site.group)), site.group)
@@ -187,20 +244,36 @@ class Compiled:
         return report
 
 
+_Term = tuple[int, int, int | None]  # a factor of a size of an input, by index and dim; a number has no dim
+
+
 def token_reader(gm: fx.GraphModule, tokens: Expr | None) -> Callable[[Sequence[Any]], int] | None:
-    """How to read the token count off a call's inputs; None where it is static or cannot be read."""
+    """How to read the token count, or a sum of counts, off a call's inputs; None where it is static or unreadable."""
     if tokens is None or tokens.is_number:
         return None
-    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt) and (factor := tokens / value.node.expr).is_Integer:
-            return partial(_size, index, None, int(factor))
-        if isinstance(value, torch.Tensor):
-            for dim, size in enumerate(value.shape):
-                if (factor := tokens / size_expr(size)).is_Integer:
-                    return partial(_size, index, dim, int(factor))
+    sizes = list(_sizes(gm))
+    constant, rest = tokens.as_coeff_Add()
+    for parts in ([tokens], sympy.Add.make_args(rest)):
+        terms = [term for part in parts if (term := _term(sizes, part)) is not None]
+        if len(terms) == len(parts):
+            return partial(_count, int(constant) if parts != [tokens] else 0, terms)
     return None
 
 
-def _size(index: int, dim: int | None, factor: int, args: Sequence[Any]) -> int:
-    return factor * int(args[index] if dim is None else args[index].shape[dim])
+def _sizes(gm: fx.GraphModule) -> Iterator[tuple[Expr, int, int | None]]:
+    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            yield value.node.expr, index, None
+        elif isinstance(value, torch.Tensor):
+            yield from ((size_expr(size), index, dim) for dim, size in enumerate(value.shape))
+
+
+def _term(sizes: Sequence[tuple[Expr, int, int | None]], part: Expr) -> _Term | None:
+    found = ((part / size, index, dim) for size, index, dim in sizes)
+    return next(((int(factor), index, dim) for factor, index, dim in found if factor.is_Integer), None)
+
+
+def _count(constant: int, terms: Sequence[_Term], args: Sequence[Any]) -> int:
+    found = (factor * int(args[i] if dim is None else args[i].shape[dim]) for factor, i, dim in terms)
+    return constant + sum(found)

@@ -131,13 +131,15 @@ def compile_trace(
 
 
 def _intervals(compiled: Compiled) -> Iterator[dict[str, Any]]:
-    """One entry per interval of T and axis, by ascending T."""
+    """One entry per interval of T, axis and token count, by ascending T."""
     for variant in compiled.variants:
-        rows = compiled.report(variant.first).collectives
-        for step in variant.steps:
+        kept = compiled.kept_rows(variant)
+        for step, rows in zip(variant.steps, compiled.step_rows(variant, variant.first), strict=True):
             axis, found = step.graph.known.axis.name, step.interval
+            beside = [] if step.graph.known.further else [row for row in kept if row.axis == axis]
             yield {
                 "axis": axis,
+                "count": step.plan.tokens,
                 "first": variant.first,
                 "last": variant.last,
                 "solver": found.solver,
@@ -145,7 +147,7 @@ def _intervals(compiled: Compiled) -> Iterator[dict[str, Any]]:
                 "cost_s": found.cost_s,
                 "bound_s": found.bound_s,
                 "unchanged_s": found.unchanged_s,
-                "counts": dict(sorted(Counter(row.decision for row in rows if row.axis == axis).items())),
+                "counts": dict(sorted(Counter(row.decision for row in [*rows, *beside]).items())),
             }
 
 
@@ -186,7 +188,7 @@ def _volume(volume: Mapping[str, int], tokens: int) -> Text:
 
 def _interval_table(intervals: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="Intervals of T", title_justify="left")
-    for heading in ("T", "axis", "decisions", "cost, unchanged", "solver", "certificate"):
+    for heading in ("T", "axis", "rows", "decisions", "cost, unchanged", "solver", "certificate"):
         table.add_column(heading, overflow="fold")
     for i in intervals:
         span = f"{i['first']} and more" if i["last"] is None else f"{i['first']} to {i['last']}"
@@ -194,7 +196,8 @@ def _interval_table(intervals: Sequence[Mapping[str, Any]]) -> Table:
         cost = f"{i['cost_s'] * 1e3:.4g} ms, {i['unchanged_s'] * 1e3:.4g} ms at T = {i['at']}"
         gap = i["cost_s"] - i["bound_s"]
         certificate = "optimal" if gap <= 0 else f"within {100 * gap / i['cost_s']:.2g} % of the bound"
-        table.add_row(*(Text(cell) for cell in (span, i["axis"], counts, cost, i["solver"], certificate)))
+        cells = (span, i["axis"], i["count"], counts, cost, i["solver"], certificate)
+        table.add_row(*(Text(cell) for cell in cells))
     return table
 
 

@@ -1,5 +1,7 @@
 """The pipeline: canonicalise, recognise, then rewrite the graph over one axis after another, and share weights.
 
+Over an axis it is rewritten once for each of its token counts.
+
 Decisions are functions of what all ranks of an axis share: one exchange establishes the facts, one compares what came
 of it (``agreement``). What raises is left out by the runner: a pass, an interval, an axis, never the graph.
 """
@@ -15,8 +17,9 @@ import torch
 import torch.fx as fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from cpcompile.agreement import Ranks, agree_on, tell
+from cpcompile.agreement import Agreed, Ranks, agree_on, tell
 from cpcompile.axes import Axis, find_axes, is_group
+from cpcompile.axis_parts import AxisRewrite
 from cpcompile.axis_rewrite import Rewriter
 from cpcompile.compiled import Compiled, Variant
 from cpcompile.costs import profile
@@ -35,6 +38,7 @@ from cpcompile.passes.vllm_ops import VllmOps
 from cpcompile.plan import Plan
 from cpcompile.rank_lists import clashing, with_rank_lists
 from cpcompile.report import Report
+from cpcompile.runner import Attempt
 from cpcompile.runner import copy_graph as copy_graph
 from cpcompile.share_weights import ShareWeights
 
@@ -204,23 +208,39 @@ def _rewrite(
         )
         try:
             found = result.runner.attempt(f"axis {axis.name}", work.run, variants, ranks.lost.get(axis, ""))
+            agreed = _agreed(result, axis, ranks, found, variants)
+            failed = failed or agreed.failed
+            if found.result is not None:
+                result.facts[axis.name] = found.result.facts.inputs
+            if agreed.reason:
+                result.refused[axis.name] = agreed.reason
+            elif found.result is not None:
+                result.tokens = found.result.tokens
+            # All ranks have the same variants now, so all of them come here as often.
+            while found.result and axis not in ranks.lost and any(v.next_count(axis.name) for v in agreed.variants):
+                before = agreed.variants
+                more = result.runner.attempt(f"further counts of axis {axis.name}", work.further, before, found.result)
+                agreed = _agreed(result, axis, ranks, more, before)
+                failed = failed or agreed.failed
         except CpcompileError as error:
             tell(exchange, error)
             raise
-        agreed = agree_on(axis, ranks, found, variants)
-        variants, failed = agreed.variants, failed or agreed.failed
-        result.plan = Plan((*result.plan.axes, *agreed.plans))
-        if found.result is not None:
-            result.proofs += found.result.proofs
-            result.facts[axis.name] = found.result.facts
-        if agreed.reason:
-            result.refused[axis.name] = agreed.reason
-        elif found.result is not None:
-            result.tokens = found.result.tokens
+        variants = agreed.variants
     result.variants = variants if any(v.steps for v in variants) else result.variants
     if options.require and failed:
         raise RequirementError(f"not rewritten: {failed}")
     _require(result, options)
+
+
+def _agreed(
+    result: Compiled, axis: Axis, ranks: Ranks, found: Attempt[AxisRewrite], before: Sequence[Variant]
+) -> Agreed:
+    """What the ranks agree on of what was ``found`` over the axis; plans and proofs are noted."""
+    agreed = agree_on(axis, ranks, found, before)
+    result.plan = Plan((*result.plan.axes, *agreed.plans))
+    if found.result is not None:
+        result.proofs += found.result.proofs
+    return agreed
 
 
 def _share(

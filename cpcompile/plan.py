@@ -65,7 +65,7 @@ class AxisPlan:
     Args:
         axis: the axis's name.
         size: number of ranks.
-        tokens: the token count as the graph writes it (``"s27"``), or its static value.
+        tokens: the token count that it is for, as the graph writes it (``"s27"``), or its static value.
         graph: fingerprint of the graph that the plan was made for.
         strategy: the strategy that was asked for.
         profile: name of the hardware profile.
@@ -94,7 +94,10 @@ class AxisPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan for every mesh axis of a graph, in the order in which the axes are rewritten."""
+    """A plan for every mesh axis of a graph, in the order in which the axes are rewritten.
+
+    An axis has one for each of its token counts, and these again for each interval of what was placed before.
+    """
 
     axes: tuple[AxisPlan, ...] = field(default=())
 
@@ -133,13 +136,21 @@ class Plan:
     def diff(self, other: Plan) -> list[str]:
         """Differences to ``other``, one line each; empty if both place everything alike."""
         lines = []
-        ours, theirs = {a.axis: a for a in self.axes}, {a.axis: a for a in other.axes}
+        ours, theirs = self._by_name(), other._by_name()
         for name in sorted(ours.keys() | theirs.keys()):
             if name not in ours or name not in theirs:
                 lines.append(f"axis {name}: only in {'the first' if name in ours else 'the second'} plan")
                 continue
             lines += [f"axis {name}: {line}" for line in _axis_diff(ours[name], theirs[name])]
         return lines
+
+    def _by_name(self) -> dict[str, AxisPlan]:
+        """The plans by their axes' names; the second and further ones of an axis have a number."""
+        found: dict[str, AxisPlan] = {}
+        for plan in self.axes:
+            number = 1 + sum(other.axis == plan.axis for other in found.values())
+            found[plan.axis if number == 1 else f"{plan.axis}, plan {number}"] = plan
+        return found
 
 
 # ---- what a file may hold --------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ GATHERING = ("gather", "scatter+gather")
 def materialise(gm: fx.GraphModule, graph: PlacementGraph, interval: Interval) -> fx.GraphModule:
     """Return a new graph module in which ``interval`` of a plan is carried out; ``gm`` is left as it is.
 
-    ``meta["gathers"]`` of the result lists, per all-gather, the names of the values that it carries.
+    ``meta["gathers"]`` of the result lists, per all-gather, the names of the values that it carries; ``meta["wholes"]``
+    says of its nodes that are whole values which ones of ``gm`` they are, by their names.
 
     Raises:
         PlanError: the plan names a node that the graph lacks or that cannot be placed as it says.
@@ -76,7 +77,15 @@ class _Builder:
         rewritten = fx.GraphModule(self.gm, self.new)
         rewritten.meta.update(self.gm.meta)
         rewritten.meta["gathers"] = self.gathered
+        rewritten.meta["wholes"] = self._wholes()
         return rewritten
+
+    def _wholes(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for (node, level, _), made in self.env.items():
+            if level == "R" and not takes_rows(self.graph, node):
+                found.setdefault(made.name, node.name)
+        return found
 
     def _is_view(self, node: fx.Node) -> bool:
         """Views are made when asked for, at the placement that is asked for; outputs of a tuple come with it."""

@@ -46,7 +46,9 @@ class Candidate:
     seconds: Callable[[int], float]
 
 
-def place(graph: PlacementGraph, hardware: HardwareProfile, strategy: str, fingerprint: str) -> AxisPlan:
+def place(
+    graph: PlacementGraph, hardware: HardwareProfile, strategy: str, fingerprint: str, at: int | None = None
+) -> AxisPlan:
     """Make the plan of one axis.
 
     Args:
@@ -54,6 +56,7 @@ def place(graph: PlacementGraph, hardware: HardwareProfile, strategy: str, finge
         hardware: the machine's profile.
         strategy: ``"auto"`` (best plan per interval of T); for all others the plan of a large step, at every T.
         fingerprint: identifies the graph.
+        at: the token count whose best plan ``"auto"`` takes for all; None for intervals.
     """
     tokens = graph.known.tokens
     static = int(tokens) if tokens is not None and tokens.is_number else None
@@ -62,8 +65,8 @@ def place(graph: PlacementGraph, hardware: HardwareProfile, strategy: str, finge
         best = _optimum(graph, free, static or LARGE_STEP)
         pieces: list[tuple[int, int | None, Candidate]] = [(0, None, best)]
         hardware = free
-    elif static is not None:
-        pieces = [(0, None, _optimum(graph, hardware, static))]
+    elif static is not None or at is not None:
+        pieces = [(0, None, _optimum(graph, hardware, static or at or 1))]
     else:
         pieces = _intervals(graph, hardware)
     intervals = tuple(_interval(graph, hardware, *piece) for piece in pieces)

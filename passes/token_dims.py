@@ -6,8 +6,7 @@ all-reduces), replication by dataflow from the graph inputs' facts, and each op'
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +33,8 @@ from cpcompile.passes.group_relations import IDEMPOTENT, GroupRelations
 from cpcompile.passes.op_call import UNUSED, Call, Mixing, RowWise
 from cpcompile.passes.picked_rows import picks_of
 from cpcompile.passes.placement_rules import classify
-from cpcompile.passes.token_layout import ONE, Expr, Shape, TokenDim, row_dim, value_shapes
+from cpcompile.passes.token_counts import Further, reduced_tokens, token_inputs, why_no_tokens
+from cpcompile.passes.token_layout import Expr, Shape, TokenDim, row_dim, value_shapes
 
 # Ops of these namespaces are pure functions of their arguments: same arguments, same result on every rank.
 PURE_NAMESPACES = frozenset({"aten", "prims", "transformers", "cpcompile", "vllm_ir"})
@@ -55,6 +55,7 @@ class Annotation:
         gathers: the axis's all-gathers of token rows: ``wait_tensor`` node → the node that starts it.
         own_rows: nodes that are this rank's rows of a whole value → that value.
         varying: symbols of sizes and integers that differ between the ranks.
+        further: the count that T is, where the graph moves the rows of another one already.
     """
 
     axis: Axis
@@ -67,6 +68,7 @@ class Annotation:
     gathers: dict[fx.Node, fx.Node] = field(default_factory=dict)
     own_rows: dict[fx.Node, fx.Node] = field(default_factory=dict)
     varying: set[sympy.Symbol] = field(default_factory=set)
+    further: Further | None = None
 
     def __post_init__(self) -> None:
         """Relations go with the axis."""
@@ -77,28 +79,13 @@ class Annotation:
         return self.gathers[wait].all_input_nodes[0]
 
 
-def token_placeholder(gm: fx.GraphModule) -> tuple[fx.Node, int] | None:
-    """The graph input that holds token ids, and its token dim: the root of the first vocabulary gather's indices.
-
-    The last dim of size > 1 holds the tokens: ``[B, T]`` → 1, a decode step's ``[B, 1]`` → 0.
-    """
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
-        root = node.args[1]
-        while isinstance(root, fx.Node) and root.op == "call_function" and len(root.all_input_nodes) > 0:
-            root = root.args[0] if isinstance(root.args[0], fx.Node) else root.all_input_nodes[0]
-        if isinstance(root, fx.Node) and root.op == "placeholder" and isinstance(root.meta.get("val"), torch.Tensor):
-            shape = value_shapes(root)[0]
-            dims = [d for d, size in enumerate(shape) if size != ONE] or [len(shape) - 1]
-            return root, dims[-1]
-    return None
-
-
 def annotate(
     gm: fx.GraphModule,
     axis: Axis,
     facts: Mapping[str, bool],
     rank_dependent: Collection[str] = (),
     varying: Collection[sympy.Symbol] = (),
+    further: Further | None = None,
 ) -> Annotation:
     """Annotate ``gm`` for ``axis``.
 
@@ -108,24 +95,24 @@ def annotate(
         facts: graph input name → whether every rank of the axis holds the same value; absent means no.
         rank_dependent: names of nodes whose constants differ between ranks.
         varying: symbols of sizes and integers that differ between ranks.
+        further: the count to annotate for, where the graph has been placed for another one.
     """
     shapes = {node: value_shapes(node) for node in gm.graph.nodes}
     groups = GroupRelations(axis)
     found = find_all_reduces(gm)
     all_reduces = {ar.wait: ar for ar in found if groups.is_axis(ar.group_name) and ar.reduce_op == "sum"}
-    layouts: dict[fx.Node, tuple[TokenDim | None, ...]] = {}
-    ids = token_placeholder(gm)
-    tokens = None if ids is None else shapes[ids[0]][0][ids[1]]
-    reduced = _reduced_tokens(tokens, [shapes[wait][0] for wait in all_reduces])
-    if ids is not None and reduced == tokens:
-        layouts[ids[0]] = (TokenDim(ids[1]),)
-    tokens = reduced
-    gathers = find_gathers(gm, groups)
+    if further is not None:
+        all_reduces = {wait: ar for wait, ar in all_reduces.items() if wait.name in further.sums}
+    tokens, layouts = _seeds(gm, shapes, all_reduces, further)
+    # After a placement the graph has gathers of our own, which stay.
+    gathers = find_gathers(gm, groups) if further is None else {}
     parts = {wait: shapes[start.all_input_nodes[0]][0] for wait, start in gathers.items()}
     if tokens is None:
         tokens = next((shapes[w][0][0] for w, part in parts.items() if gathers_rows(shapes[w][0], part, None)), None)
     gathers = {w: s for w, s in gathers.items() if tokens is not None and gathers_rows(shapes[w][0], parts[w], tokens)}
-    known = Annotation(axis, tokens, shapes, layouts, {}, set(), all_reduces, gathers, varying=set(varying))
+    known = Annotation(
+        axis, tokens, shapes, layouts, {}, set(), all_reduces, gathers, varying=set(varying), further=further
+    )
     sized: set[sympy.Basic] = set()
     for node in gm.graph.find_nodes(op="placeholder"):
         if facts.get(node.name) is False and not shapes[node]:
@@ -161,6 +148,22 @@ def annotate(
     return known
 
 
+def _seeds(
+    gm: fx.GraphModule,
+    shapes: Mapping[fx.Node, tuple[Shape, ...]],
+    all_reduces: Mapping[fx.Node, AllReduce],
+    further: Further | None,
+) -> tuple[Expr | None, dict[fx.Node, tuple[TokenDim | None, ...]]]:
+    """The token count to place, and where the ids that have it hold their tokens."""
+    inputs = list(token_inputs(gm.graph))
+    if further is not None:
+        mine = [(ids, dim) for ids, dim in inputs if shapes[ids][0][dim] == further.count]
+        return further.count, {ids: (TokenDim(dim),) for ids, dim in mine}
+    first = next(((ids, dim, shapes[ids][0][dim]) for ids, dim in inputs), None)
+    tokens = reduced_tokens(first and first[2], [shapes[wait][0] for wait in all_reduces])
+    return tokens, {} if first is None or tokens != first[2] else {first[0]: (TokenDim(first[1]),)}
+
+
 def _numbers(node: fx.Node, shapes: Sequence[Shape]) -> set[Any]:
     """The symbols in the sizes of a node's results, or in the number that it is."""
     value = node.meta.get("val")
@@ -168,19 +171,6 @@ def _numbers(node: fx.Node, shapes: Sequence[Shape]) -> set[Any]:
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         sizes.append(value.node.expr)
     return {symbol for size in sizes for symbol in size.free_symbols}
-
-
-def _reduced_tokens(tokens: Expr | None, reduced: Iterable[Shape]) -> Expr | None:
-    """The token count of this axis: the inputs', or where most all-reduces lack that, what most of them have.
-
-    After a rewrite over another axis this axis's all-reduces are of that axis's shards.
-    """
-    shapes = list(reduced)
-    fitting = sum(tokens is not None and row_dim(shape, tokens) is not None for shape in shapes)
-    if 2 * fitting >= len(shapes):
-        return tokens
-    counts = Counter(shape[place.dim] for shape in shapes if (place := row_dim(shape, None)) is not None)
-    return counts.most_common(1)[0][0] if counts else tokens
 
 
 def repeats_attention(known: Annotation) -> bool | None:
@@ -246,24 +236,12 @@ def _seed_all_reduce(known: Annotation, ar: AllReduce) -> None:
     if layout is None:
         layout = row_dim(shape, known.tokens)
     if layout is None:
-        known.classes[ar.wait] = Mixing(_why_no_tokens(known, shape))
+        known.classes[ar.wait] = Mixing(why_no_tokens(known, ar.wait))
         return
     if known.tokens is None:
         known.tokens = shape[layout.dim]
     known.layouts[ar.wait] = (layout,)
     known.classes[ar.wait] = RowWise({}, (layout,))
-
-
-def _why_no_tokens(known: Annotation, shape: Shape) -> str:
-    """Why a reduced value is not placed: it may be of tokens, but of another count (a second micro-batch, a prefix)."""
-    place = row_dim(shape, None)
-    rows = None if place is None else shape[place.dim]
-    if rows is None or known.tokens is None or rows.is_number or known.tokens.is_number:
-        return "no dim of the reduced value holds the tokens"
-    return (
-        f"has {rows} rows, and the graph is placed for {known.tokens} tokens, one count at a time: "
-        "compile the parts that have other counts on their own"
-    )
 
 
 def _is_replicated(
@@ -277,6 +255,8 @@ def _is_replicated(
         return True
     if node in known.all_reduces or node in known.gathers:
         return True
+    if known.further is not None:
+        return node.name in known.further.same  # of the moves that were put in, this rank's rows are in arguments
     if node.op != "call_function":
         return False
     if isinstance(node.target, torch._ops.HigherOrderOperator):

@@ -94,11 +94,14 @@ def through_view(source: Shape, target: Shape, layout: TokenDim, tokens: Expr) -
 
 
 def counted(expr: Expr, tokens: Expr, count: Expr) -> Expr:
-    """``expr`` with ``count`` for T where T is a symbol or a multiple of one, of what each rank brings."""
-    if len(tokens.free_symbols) != 1:
-        return expr
-    (symbol,) = tokens.free_symbols
-    return expr.subs(symbol, count * symbol / tokens) if (tokens / symbol).is_number else expr
+    """``expr`` with ``count`` for T where T is a symbol, a multiple of one (of what each rank brings), or a sum."""
+    for symbol in sorted(tokens.free_symbols, key=str):
+        rest = tokens - symbol
+        if (tokens / symbol).is_number:
+            return expr.subs(symbol, count * symbol / tokens)
+        if tokens.is_Add and symbol not in rest.free_symbols:
+            return sympy.expand(expr.subs(symbol, count - rest))
+    return expr
 
 
 def row_dim(shape: Shape, tokens: Expr | None) -> TokenDim | None:

@@ -118,10 +118,15 @@ class _Prover:
         found = tuple((*readings, *(v for r in readings for v in self.moves.alike(r))) for readings in found)
         check_shapes(node, [shape(readings[0].dims) for readings in found])
         self.env[node] = found
-        if all(any(v.whole and not v.partial and self.original.replicated[v.content] for v in r) for r in found):
+        if all(any(self._is_same(value) for value in readings) for readings in found):
             self.same.add(node.name)
         self.facts[node.name] = ", ".join(self.moves.describe(readings[0]) for readings in found)
         return None
+
+    def _is_same(self, value: Value) -> bool:
+        """Whether all ranks have the same: of padded rows, too, which each rank pads with zeros or gathers from all."""
+        shared = all(self.original.replicated[content] for content, _ in value.pieces)
+        return shared and not value.partial and value.extent != "L"
 
     def _local_shape(self, node: fx.Node) -> Shape:
         if node not in self.env:

@@ -8,8 +8,8 @@ import torch
 import torch.fx as fx
 from placed import layer
 
-from cpcompile.compiled import Compiled, Variant, token_reader
-from cpcompile.passes.token_layout import product
+from cpcompile.compiled import Compiled, Variant, count_at, token_reader
+from cpcompile.passes.token_layout import product, size_expr
 from cpcompile.plan import Plan
 
 
@@ -76,3 +76,25 @@ def test_a_multiple_of_a_size_is_read_off_that_size() -> None:
 
 def _inputs(gm: fx.GraphModule) -> list[fx.Node]:
     return list(gm.graph.find_nodes(op="placeholder"))
+
+
+def test_a_sum_of_sizes_is_read_off_all_of_them() -> None:
+    """A prefix before the tokens, by number and by size."""
+    tokens = sympy.Symbol("tokens", integer=True, positive=True)
+    gm = fx.GraphModule({}, fx.Graph())
+    values = [n.meta["val"] for n in _inputs(layer(shape=(3, 12)).gm)]
+    ids = next(value for value in values if getattr(value, "dtype", None) == torch.int64)
+    gm.graph.placeholder("ids").meta["val"] = ids
+    rows, columns = (size_expr(size) for size in ids.shape)
+    for count, expected in ((columns + 3, 12), (2 * columns + rows, 23), (rows + columns + 1, 15)):
+        read = token_reader(gm, count)
+        assert read is not None and read([torch.zeros(5, 9)]) == expected
+    assert token_reader(gm, columns + tokens) is None and token_reader(gm, columns * rows + 1) is None
+
+
+def test_a_count_is_stated_for_a_number_of_tokens() -> None:
+    tokens, other = sympy.symbols("tokens other", integer=True, positive=True)
+    assert count_at(tokens + 3, tokens, 10) == 13
+    assert count_at(tokens + other, tokens, 10, {other: 4}) == 14
+    assert count_at(other, tokens, 10, {other: 4}) == 10  # a micro-batch: as many as the model's
+    assert count_at(sympy.Integer(8), tokens, 10) == 8

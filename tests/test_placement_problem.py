@@ -55,6 +55,14 @@ def test_polynomials_in_the_tokens(expr: sympy.Expr, expected: tuple[float, ...]
     assert polynomial_in(expr, T, lambda s: {T: 100, B: 10}[s]) == expected
 
 
+def test_a_polynomial_in_a_sum_of_counts() -> None:
+    """A prefix of B rows before T tokens; what has T rows only does not grow with B."""
+    hint = {T: 100, B: 10}.__getitem__
+    assert polynomial_in(7 * T + 7 * B, T + B, hint) == (0.0, 7.0)
+    assert polynomial_in(T * B + T * T, T + B, hint) == (0.0, 100.0)
+    assert polynomial_in(5 * T + 15, T + 3, hint) == (0.0, 5.0)
+
+
 def test_evaluation() -> None:
     assert evaluate((1.0, 2.0, 3.0), 10) == 321.0 and evaluate((), 5) == 0
 

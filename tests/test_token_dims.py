@@ -19,7 +19,8 @@ from cpcompile.axes import axis_of
 from cpcompile.capture import capture
 from cpcompile.passes.canonicalise import Canonicalise
 from cpcompile.passes.op_call import Mixing, RowWise
-from cpcompile.passes.token_dims import annotate, token_placeholder
+from cpcompile.passes.token_counts import Further, further_counts, token_placeholder
+from cpcompile.passes.token_dims import annotate
 from cpcompile.passes.token_layout import TokenDim
 
 
@@ -192,9 +193,21 @@ def test_an_all_reduce_of_another_count_of_tokens_says_which() -> None:
     count = known.shapes[other][0][0]
     assert count != known.tokens
     assert known.classes[other] == Mixing(
-        f"has {count} rows, and the graph is placed for {known.tokens} tokens, one count at a time: "
-        "compile the parts that have other counts on their own"
+        f"has {count} rows, a further count of tokens beside {known.tokens}, and 8 at most are placed"
     )
+    assert further_counts(known) == {count: {other.name}}
+
+
+def test_a_further_count_is_annotated_alone_and_only_what_is_told_is_the_same_on_all_ranks() -> None:
+    with fake_rank(0, 4) as mesh:
+        trace, axis = capture(Batches(mesh), torch.arange(12), torch.arange(10)), axis_of("tp", mesh)
+        Canonicalise()(trace.gm)
+        first = annotate(trace.gm, axis, {})
+        ((count, sums),) = further_counts(first).items()
+        known = annotate(trace.gm, axis, {}, further=Further(count, sums, frozenset({"relu"})))
+    (wait,) = known.all_reduces
+    assert known.tokens == count and isinstance(known.classes[wait], RowWise)
+    assert {n.name for n in known.replicated if n.op == "call_function"} <= {"relu", wait.name}
 
 
 # ---- replication ---------------------------------------------------------------------------------------------------

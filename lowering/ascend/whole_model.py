@@ -16,7 +16,7 @@ from cpcompile.lowering.ascend.ge_graph import GeSummary
 from cpcompile.lowering.targets import Settings
 from cpcompile.module_tp import Sharing
 from cpcompile.passes.specialise import sizes_for, specialise
-from cpcompile.passes.token_dims import token_placeholder
+from cpcompile.passes.token_counts import token_placeholder
 from cpcompile.passes.token_layout import Expr, value_shapes
 from cpcompile.report import ModuleRow
 
