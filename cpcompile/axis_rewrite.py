@@ -154,7 +154,8 @@ class Rewriter:
         known, repeats = self._annotated(variant.gm, same, facts)
         reason = self._no_use(known, repeats, variant.gm) or unplaceable(known, repeats, self.options.strategy)
         if reason:
-            return Part(variant, reason=reason)
+            among = f"; the model comes in several graphs: {self.broken}" if self.broken else ""
+            return Part(variant, reason=reason + among)
         if repeats and not known.gathers and not known.own_rows:  # a graph's own moves are of contiguous rows
             known.axis = replace(self.axis, layout=self.options.layout)
         graph = self.runner.run("problem", build, known, self.hardware)
@@ -187,7 +188,7 @@ class Rewriter:
             f"axis {self.axis.name!r} has ranks {list(self.axis.ranks)}, and no all-reduce of the graph runs over them"
         )
         if self.broken:
-            return f"{reason}; the model comes in several graphs: {self.broken}"
+            return reason
         raise AxisError(f"{reason} (its groups: {sorted(groups)}); give the group that the model was sharded over")
 
     def _plan(self, graph: PlacementGraph, fingerprint: str) -> AxisPlan:
