@@ -48,7 +48,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What one rank tells: why it has none; of each variant the plan, or why there is none, and what failed."""
+    """What one rank tells: why it has none; of each variant the plan, empty where there is none, and what failed."""
 
     failure: str = ""
     plans: Sequence[str] = ()
@@ -107,7 +107,7 @@ def _outcome(found: Attempt[AxisRewrite]) -> _Outcome:
     if found.result is None:
         return _Outcome(found.reason)
     parts = found.result.parts
-    texts = [Plan((p.plan,)).to_json() if p.plan else p.reason for p in parts]
+    texts = [Plan((p.plan,)).to_json() if p.plan else "" for p in parts]  # why there is none may name a rank's files
     return _Outcome("", [hashlib.sha256(text.encode()).hexdigest() for text in texts], [p.refused for p in parts])
 
 

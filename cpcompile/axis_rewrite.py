@@ -124,7 +124,8 @@ class Rewriter:
         reason = "" if more else self._no_use(known, repeats, variant.gm)
         reason = reason or unplaceable(known, repeats, "" if more else self.options.strategy)
         if reason:
-            return Part(variant, reason=reason)
+            among = f"; the model comes in several graphs: {self.broken}" if self.broken else ""
+            return Part(variant, reason=reason + among)
         if repeats and not known.gathers and not known.own_rows:  # a graph's own moves are of contiguous rows
             known.axis = replace(self.axis, layout=self.options.layout)
         graph = self.runner.run("problem", build, known, self.hardware)
@@ -159,7 +160,7 @@ class Rewriter:
             f"axis {self.axis.name!r} has ranks {list(self.axis.ranks)}, and no all-reduce of the graph runs over them"
         )
         if self.broken:
-            return f"{reason}; the model comes in several graphs: {self.broken}"
+            return reason
         raise AxisError(f"{reason} (its groups: {sorted(groups)}); give the group that the model was sharded over")
 
     def _plan(self, graph: PlacementGraph, variant: Variant, original: str, base: Expr | None) -> AxisPlan | None:

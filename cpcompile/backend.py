@@ -21,6 +21,7 @@ from cpcompile.capture import lower_inference, unknown_inputs
 from cpcompile.compiled import Compiled, token_reader
 from cpcompile.errors import ParameterChangedError, ReloadError
 from cpcompile.exchange import Exchange, GroupExchange, OfflineExchange
+from cpcompile.graph_breaks import where_broken
 from cpcompile.graph_inputs import GraphInput, describe_inputs, written_places
 from cpcompile.lowering.targets import BoxedCallable, Settings, lower, prepare
 from cpcompile.module_floats import fix_module_floats
@@ -81,7 +82,7 @@ def cpcompile_backend(
                 "cpcompile: the graph's inputs cannot be matched with the model's: only declared ones are replicated"
             )
             known = unknown_inputs(aot)
-        return _compile_inference(aot, aot_inputs, known, parsed, known_mode, grounds)
+        return _compile_inference(aot, aot_inputs, known, parsed, known_mode, grounds, where_broken(gm))
 
     if not is_wanted():
         return lower_inference(gm, example_inputs, inference, _refuse_training)
@@ -116,9 +117,10 @@ def _compile_inference(
     options: Options,
     mode: str,
     grounds: list[Grounds],
+    broken: str,
 ) -> RunCode:
     """Rewrite and lower one graph; where code is to be saved, what it rests on joins ``grounds``."""
-    compiled = compile_graph(aot, inputs, options, lambda axis: exchange_for(axis, options.timeout_s))
+    compiled = compile_graph(aot, inputs, options, lambda axis: exchange_for(axis, options.timeout_s), broken=broken)
     folder, done = tell(compiled, options)
     target = options.target or ("inductor" if _device(aot_inputs) == "cuda" else "eager")
     if mode and target != "inductor":
