@@ -158,11 +158,13 @@ class Compiled:
             name = f"the report of axis {step.graph.known.axis.name}"
             made = self.runner.attempt(name, step.describe, tokens, self.tokens)
             rows += made.result if made.result is not None else outline(step.graph, step.interval, made.reason)
-        placed = {step.graph.known.axis.group_name for step in variant.steps}
-        return rows + [self._kept(s, variant) for s in self.sites if s.reason or s.group not in placed]
+        placed = [step.graph.known.axis for step in variant.steps]
+        return rows + [
+            self._kept(s, variant) for s in self.sites if s.reason or not any(a.joins(s.group) for a in placed)
+        ]
 
     def _kept(self, site: Site, variant: Variant) -> Collective:
-        axis = next((a.name for a in self.axes if a.owns(site.group)), site.group)
+        axis = next((a.name for a in self.axes if a.joins(site.group)), site.group)
         no_axis = "its group is no axis: it has one rank, or is not among those of axes={...}"
         reason = site.reason or variant.refused.get(axis) or self.refused.get(axis) or no_axis
         return Collective(site.name, "all_reduce", axis, site.module, "keep", "all_reduce", 0, 0, "", "", reason)
