@@ -215,11 +215,11 @@ class Compiled:
 
     def kept_rows(self, variant: Variant) -> list[Collective]:
         """Every all-reduce of the variant that no axis could move."""
-        placed = {step.graph.known.axis.group_name for step in variant.steps}
-        return [self._kept(s, variant) for s in self.sites if s.reason or s.group not in placed]
+        placed = [step.graph.known.axis for step in variant.steps]
+        return [self._kept(s, variant) for s in self.sites if s.reason or not any(a.joins(s.group) for a in placed)]
 
     def _kept(self, site: Site, variant: Variant) -> Collective:
-        axis = next((a.name for a in self.axes if a.owns(site.group)), site.group)
+        axis = next((a.name for a in self.axes if a.joins(site.group)), site.group)
         no_axis = "its group is no axis: it has one rank, or is not among those of axes={...}"
         reason = site.reason or variant.refused.get(axis) or self.refused.get(axis) or no_axis
         return Collective(site.name, "all_reduce", axis, site.module, "keep", "all_reduce", 0, 0, "", "", reason)

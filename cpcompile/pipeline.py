@@ -99,7 +99,9 @@ def _compile_graph(
         _recognise_sparse_attention(gm, result)
     if options.routed_experts:
         runner.change("recognise-routed-experts", RecogniseRoutedExperts(), gm)
-    runner.attempt("the placement", _place, gm, inputs, options, exchange_for, axes, broken, result)
+    placed = runner.attempt("the placement", _place, gm, inputs, options, exchange_for, axes, broken, result)
+    if placed.reason:
+        _nothing_placed(gm, options, placed.reason, result)
     if kinds:
         runner.attempt("the sharing of modules", _share, gm, inputs, options, exchange_for, kinds, result)
     return result
@@ -150,6 +152,15 @@ def _place(
         result.refused = {axis.name: _why_nothing(options) for axis in result.axes}
         return _require(result, options)
     return _rewrite(gm, inputs, options, exchange_for, broken, result)
+
+
+def _nothing_placed(gm: fx.GraphModule, options: Options, reason: str, result: Compiled) -> None:
+    """Every all-reduce is kept for ``reason``: what kept the graph as it came on every axis."""
+    result.sites = result.sites or result.runner.attempt("the list of all-reduces", find_sites, gm).result or []
+    of_no_axis = {s.group for s in result.sites if not any(axis.joins(s.group) for axis in result.axes)}
+    result.refused = dict.fromkeys([*(axis.name for axis in result.axes), *sorted(of_no_axis)], reason)
+    if options.require:
+        raise RequirementError(f"not rewritten: {reason}")
 
 
 _NO_GROUP = "no process group is called {0!r}: give axes={{name: group}} with the name before the colon"
