@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._ops import HigherOrderOperator
 from torch.utils._sympy.functions import FloorDiv
 
 from cpcompile.passes.base import PassResult
@@ -267,3 +268,9 @@ IN_PLACE = {
     "sglang::reg_all_gather_into_tensor": Dialect(("Tensor", "Tensor", "str"), _in_place_all_gather),
     "sglang::reg_reduce_scatter_tensor": Dialect(("Tensor", "Tensor", "str"), _in_place_reduce_scatter),
 }
+
+
+def is_of_a_server(node: fx.Node) -> bool:
+    """Whether ``node`` calls a collective of vLLM's or SGLang's, itself or functionalised."""
+    op = node.args[0] if isinstance(node.target, HigherOrderOperator) and node.args else node.target
+    return op_name(op) in FUNCTIONAL or op_name(op) in IN_PLACE
