@@ -97,5 +97,4 @@ def test_a_count_is_stated_for_a_number_of_tokens() -> None:
     assert count_at(tokens + 3, tokens, 10) == 13
     assert count_at(tokens + other, tokens, 10, {other: 4}) == 14
     assert count_at(other, tokens, 10, {other: 4}) == 10  # a micro-batch: as many as the model's
-    assert count_at(tokens, tokens + other, 10, {other: 4}) == 6
     assert count_at(sympy.Integer(8), tokens, 10) == 8
