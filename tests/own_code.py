@@ -1,4 +1,7 @@
-"""A small DeepSeek model in the forms of a hand-written inference script: buffers for caches, in-place collectives."""
+"""A small DeepSeek model in the forms of a hand-written inference script: buffers for caches, in-place collectives.
+
+With experts its second layer routes tokens in Python: dynamo breaks there.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,14 @@ class Sizes:
     Args:
         absorb: attention on cached latents, else on cached keys and values.
         indexer: each query attends to ``picked`` keys that an indexer chooses.
+        experts: routed experts of the second layer, ``active`` for a token, in ``groups`` of which half may be chosen.
     """
 
     absorb: bool = True
     indexer: bool = False
+    experts: int = 0
+    groups: int = 4
+    active: int = 2
     vocab: int = 64
     dim: int = 32
     inner: int = 48
@@ -172,20 +179,68 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, sizes: Sizes, weights: Weights) -> None:
+    """Split over the ranks, or a routed expert, which one rank has whole."""
+
+    def __init__(self, sizes: Sizes, weights: Weights, split: bool = True, reduced: bool = True) -> None:
         super().__init__()
-        self.world = weights.world
-        self.gate, self.up = (weights(sizes.inner, sizes.dim, split=0) for _ in range(2))
-        self.down = weights(sizes.dim, sizes.inner, split=1)
+        self.world = weights.world if reduced else 1
+        self.gate, self.up = (weights(sizes.inner, sizes.dim, split=0 if split else None) for _ in range(2))
+        self.down = weights(sizes.dim, sizes.inner, split=1 if split else None)
 
     def forward(self, x: Tensor) -> Tensor:
         return summed(F.linear(F.silu(F.linear(x, self.gate)) * F.linear(x, self.up), self.down), self.world)
 
 
-class Layer(nn.Module):
+class Gate(nn.Module):
     def __init__(self, sizes: Sizes, weights: Weights) -> None:
         super().__init__()
-        self.attention, self.mlp = Attention(sizes, weights), Mlp(sizes, weights)
+        self.sizes = sizes
+        self.weight, self.bias = weights(sizes.experts, sizes.dim), weights(sizes.experts)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x [T, dim]`` → weights and numbers of its experts ``[T, active]``."""
+        s, given = self.sizes, F.linear(x, self.weight).sigmoid()
+        scores = (given + self.bias).view(x.size(0), s.groups, -1)
+        best = scores.topk(2, -1)[0].sum(-1).topk(s.groups // 2, -1)[1]
+        outside = scores.new_ones(x.size(0), s.groups, dtype=torch.bool).scatter_(1, best, False)
+        picked = scores.masked_fill_(outside.unsqueeze(-1), float("-inf")).flatten(1).topk(s.active, -1)[1]
+        weights = given.gather(1, picked)
+        weights /= weights.sum(-1, keepdim=True)
+        return weights, picked
+
+
+class Experts(nn.Module):
+    """Routed experts ``[first, last)`` are this rank's own; the shared one is split over the ranks."""
+
+    def __init__(self, sizes: Sizes, weights: Weights) -> None:
+        super().__init__()
+        self.sizes, self.world = sizes, weights.world
+        mine = sizes.experts // weights.world
+        self.first, self.last = weights.rank * mine, (weights.rank + 1) * mine
+        self.gate = Gate(sizes, weights)
+        every = [Mlp(sizes, weights, split=False, reduced=False) for _ in range(sizes.experts)]
+        self.experts = nn.ModuleList([e if self.first <= i < self.last else None for i, e in enumerate(every)])
+        self.shared = Mlp(sizes, weights, reduced=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.view(-1, x.size(-1))
+        weights, picked = self.gate(rows)
+        y = torch.zeros_like(rows, dtype=torch.float32)
+        counts = torch.bincount(picked.flatten(), minlength=self.sizes.experts).tolist()
+        for number in range(self.first, self.last):
+            if counts[number] == 0:
+                continue
+            at, place = torch.where(picked == number)
+            y[at] += self.experts[number](rows[at]) * weights[at, place, None]
+        y += self.shared(rows)
+        return summed(y, self.world).type_as(x).view(x.shape)
+
+
+class Layer(nn.Module):
+    def __init__(self, sizes: Sizes, weights: Weights, routed: bool = False) -> None:
+        super().__init__()
+        self.attention = Attention(sizes, weights)
+        self.mlp = Experts(sizes, weights) if routed else Mlp(sizes, weights)
         self.before, self.after = weights(sizes.dim), weights(sizes.dim)
 
     def forward(self, x: Tensor, start: int, rotations: Tensor, mask: Tensor | None) -> Tensor:
@@ -198,12 +253,13 @@ class Model(nn.Module):
 
     rotations: Tensor
 
-    def __init__(self, sizes: Sizes, rank: int = 0, world: int = 1, layers: int = 1) -> None:
+    def __init__(self, sizes: Sizes, rank: int = 0, world: int = 1) -> None:
         super().__init__()
         weights = Weights(rank, world)
         self.world = world
         self.embed = Embedding(sizes, weights)
-        self.layers = nn.ModuleList([Layer(sizes, weights) for _ in range(layers)])
+        routed = [False, True] if sizes.experts else [False]
+        self.layers = nn.ModuleList([Layer(sizes, weights, r) for r in routed])
         self.norm, self.head = weights(sizes.dim), weights(sizes.vocab, sizes.dim, split=0)
         angles = torch.outer(torch.arange(sizes.length).float(), 10000.0 ** -torch.arange(0, 1, 2 / sizes.rope))
         self.register_buffer("rotations", torch.polar(torch.ones_like(angles), angles), persistent=False)

@@ -4,38 +4,70 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
+import own_code
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from own_code import Model, Sizes
-from test_weights_gloo import WORLD, close, lines
+from test_weights_gloo import WORLD, Lines, close, lines
 
-FORMS = {"absorbed": Sizes(), "naive": Sizes(absorb=False), "indexer": Sizes(indexer=True)}
+WIDE = {"dim": 1024, "batch": 4, "length": 260}  # at 4 x 256 tokens sharding pays over gloo, at 4 x 1 it does not
 
 
-def prefill_and_three_steps(sizes: Sizes) -> None:
-    """No option: eager's logits and caches, two graphs, in which every all-reduce is found; none is worth rewriting."""
-    rank, rewritten = dist.get_rank(), []
+class Form(NamedTuple):
+    """A model, the tokens of its prompt, and of how many all-reduces how many are rewritten for it: in one graph."""
+
+    sizes: Sizes
+    prompt: int = 7
+    rewritten: str = "0 of 3"
+
+
+FORMS = {
+    "absorbed": Form(Sizes()),
+    "naive": Form(Sizes(absorb=False)),
+    "indexer": Form(Sizes(indexer=True)),
+    "wide": Form(Sizes(**WIDE), 256, "3 of 3"),
+}
+
+
+def prefill_and_three_steps(form: Form) -> None:
+    """No option: eager's logits and caches, two graphs in which every all-reduce is found, rewritten where it pays."""
+    said = steps(form, fullgraph=True)
+    assert [s.warnings() for s in said] == [[]] * 4
+    assert [s.rewritten() for s in said] == [[form.rewritten], ["0 of 3"], [], []]
+
+
+def routed_in_python() -> None:
+    """Dynamo breaks where the experts' token counts reach Python, which is said once."""
+    said = steps(Form(Sizes(experts=8)), fullgraph=False)
+    (line,) = [line for s in said for line in s.warnings()]
+    assert "dynamo breaks the model" in line and f"{own_code.__file__}:" in line, line
+    counts = [count for s in said for count in s.rewritten()]
+    assert counts and all(count.startswith("0 of ") for count in counts), counts
+
+
+def steps(form: Form, fullgraph: bool) -> list[Lines]:
+    """The prompt, then three tokens: as eager and as the whole model. What is said at each step."""
+    rank, sizes, heard = dist.get_rank(), form.sizes, []
     torch._dynamo.reset()
     model, plain, whole = Model(sizes, rank, WORLD), Model(sizes, rank, WORLD), Model(sizes)
-    compiled = torch.compile(model, backend="cpcompile", fullgraph=True)
-    ids = torch.randint(0, sizes.vocab, (sizes.batch, 10), generator=torch.Generator().manual_seed(1))
-    at = 0
-    for tokens in (7, 1, 1, 1):
+    compiled = torch.compile(model, backend="cpcompile", fullgraph=fullgraph)
+    shape = (sizes.batch, form.prompt + 3)
+    ids, at = torch.randint(0, sizes.vocab, shape, generator=torch.Generator().manual_seed(1)), 0
+    for tokens in (form.prompt, 1, 1, 1):
         now = ids[:, at : at + tokens]
         with lines() as said:
             logits = compiled(now, at)
-        assert said.warnings() == []
-        rewritten.append(said.rewritten())
+        heard.append(said)
         close(logits, plain(now, at))
         close(logits, whole(now, at))
         at += tokens
-    assert rewritten == [["0 of 3"], ["0 of 3"], [], []], rewritten
     for name, buffer in plain.named_buffers():
         torch.testing.assert_close(model.get_buffer(name), buffer)
+    return heard
 
 
 def run_rank(rank: int, folder: str) -> None:
@@ -43,10 +75,11 @@ def run_rank(rank: int, folder: str) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor_{rank}"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     with torch.no_grad():
-        for form, sizes in FORMS.items():
+        for name, form in FORMS.items():
             began = time.perf_counter()
-            prefill_and_three_steps(sizes)
-            print(f"rank {rank}: {form} {time.perf_counter() - began:.1f} s", flush=True)
+            prefill_and_three_steps(form)
+            print(f"rank {rank}: {name} {time.perf_counter() - began:.1f} s", flush=True)
+        routed_in_python()
     dist.destroy_process_group()
 
 
