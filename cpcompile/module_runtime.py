@@ -46,7 +46,8 @@ def _made(
     places: Mapping[int, str], sharing: Sharing, inputs: Sequence[GraphInput], options: Options
 ) -> dict[int, torch.Tensor]:
     parts, freed = {}, 0
-    owners = Counter(address(local_tensor(given.value)) for given in inputs if is_real(given.value))
+    several = {id(given): given.value for given in inputs}.values()  # a DTensor is the input of its mesh, too
+    owners = Counter(address(local_tensor(value)) for value in several if is_real(value))
     for place, name in places.items():
         whole, recipes = local_tensor(inputs[place].value), sharing.recipes[name]
         parts[place] = part_of(whole, recipes, functools.partial(_carried_out, recipes=recipes))
