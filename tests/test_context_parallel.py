@@ -88,19 +88,12 @@ def rewritten(compiled: Sequence[Compiled], proven: bool = True) -> list[list[fx
     return [[c.variants[i].gm for c in compiled] for i, v in enumerate(compiled[0].variants) if v.steps]
 
 
+@pytest.mark.parametrize("kind", ["v3", "v32"])
 @pytest.mark.parametrize(
-    ("kind", "size", "batch"),
-    [
-        ("v3", 2, 2),
-        ("v3", 3, 1),
-        ("v3", 8, 1),
-        ("v32", 2, 1),
-        ("v32", 3, 1),
-        ("v32", 8, 1),
-    ],
+    ("size", "layout"), [*((size, layout) for size in (2, 3) for layout in KINDS), (8, "contiguous"), (8, "zigzag")]
 )
-@pytest.mark.parametrize("layout", KINDS)
-def test_every_rank_equals_the_whole_model(kind: str, size: int, batch: int, layout: str) -> None:
+def test_every_rank_equals_the_whole_model(kind: str, size: int, layout: str) -> None:
+    batch = 2 if (kind, size) == ("v3", 2) else 1
     ranks = prefill(kind, size, batch)
     counts = {*range(1, 2 * size + 2), 4 * size + 1, 17} if layout == "contiguous" else {1, size, 2 * size + 1, 17}
     for graphs in rewritten(ranks.compile(strategy="cp", profile="ascend-a3", layout=layout)):

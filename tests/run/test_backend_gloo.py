@@ -147,7 +147,8 @@ def caches_and_batches(mesh: DeviceMesh, folder: str) -> None:
                 torch._dynamo.mark_dynamic(given, 1)
             alone = [whole(input_ids=part, use_cache=False).logits for part in now.split(lengths, 1)]
             close(packed(now, positions), torch.cat(alone, 1))
-    assert lines == [], lines
+    (line,) = lines  # no op of ours takes the mask of several requests in a row
+    assert "sparse attention runs dense in 2 of 2" in line and "its mask is not known to be causal" in line, line
 
 
 def every_token_count(mesh: DeviceMesh, folder: str) -> None:

@@ -36,7 +36,8 @@ FORMS = {
 def prefill_and_three_steps(form: Form) -> None:
     """No option: eager's logits and caches, two graphs in which every all-reduce is found, rewritten where it pays."""
     said = steps(form, fullgraph=True)
-    assert [s.warnings() for s in said] == [[]] * 4
+    told = [["sparse attention runs dense in 1 of 1" in line for line in s.warnings()] for s in said]
+    assert told == ([[True], [True], [], []] if form.sizes.indexer else [[]] * 4), [s.warnings() for s in said]
     assert [s.rewritten() for s in said] == [[form.rewritten], ["0 of 3"], [], []]
 
 
