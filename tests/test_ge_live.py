@@ -49,7 +49,7 @@ def run(folder: Path, size: int, tokens: list[int]) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("kind", "size", "layers"),
-    [(kind, size, layers) for kind in ("v3", "v32") for size in (2, 4) for layers in (1, 3)],
+    [("v3", 2, 1), ("v3", 4, 3), ("v32", 2, 3), ("v32", 4, 1)],
 )
 def test_graphs_are_the_unsharded_model(
     ascend: AscendProcess, tmp_path: Path, kind: str, size: int, layers: int

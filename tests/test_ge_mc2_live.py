@@ -17,7 +17,7 @@ TOKENS = (1, 7, 16, 33)
 WIDE = {"hidden_size": 256, "intermediate_size": 1024, "v_head_dim": 64}
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2])
 def test_fused_graphs_are_as_near_as_the_uncompiled_ranks(ascend: AscendProcess, tmp_path: Path, size: int) -> None:
     """To the same weights in float32, over all token counts; the ops are of half precision alone."""
     common = ("v3", size, 1, torch.bfloat16)
