@@ -180,12 +180,11 @@ class Picks:
         of: Mapping[fx.Node, Fact | None],
         env: Mapping[fx.Node, tuple[tuple[Value, ...], ...]],
     ) -> Taken | None:
-        source = env.get(args["self"])
+        source = env.get(args["self"], ())
         indices = args["indices"] if name == "aten::index" else None
-        if source is None or len(source) != 1 or source[0][0].extent != "L" or source[0][0].partial:
-            return None
-        value = source[0][0]
-        if len(value.pieces) != 1 or value.content in self.original.volatile:
+        # Of what is true of it, that it is rows of one content: joined values also travel side by side.
+        value = next((v for v in source[0] if _is_shard(v)), None) if len(source) == 1 else None
+        if value is None or value.content in self.original.volatile:
             return None
         if indices is None:
             dim, index = args["dim"] % len(value.dims), args["index"]
@@ -312,6 +311,10 @@ PICKS: Mapping[str, Callable[[Mapping[str, Any], int], tuple[int | None, Any]]] 
 
 def _of(of: Mapping[fx.Node, Fact | None], argument: object) -> Fact | None:
     return of.get(argument) if isinstance(argument, fx.Node) else None
+
+
+def _is_shard(value: Value) -> bool:
+    return value.extent == "L" and not value.partial and len(value.pieces) == 1
 
 
 def _is_size(value: object) -> bool:
