@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import pathlib
 import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,31 +14,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as fc
 import torch.multiprocessing as mp
+from gloo_ranks import in_turn, joined
+from heard import Heard, hear
 from torch import Tensor, nn
 
 WORLD, TOLERANCE, HIDDEN, INNER, VOCAB = 2, 2e-5, 32, 48, 50
-
-
-class Heard(logging.Handler):
-    """What cpcompile logs, a line for each record."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(f"{record.levelname} {record.getMessage()}")
-
-
-@contextmanager
-def heard() -> Iterator[list[str]]:
-    handler, logger = Heard(), logging.getLogger("cpcompile")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield handler.lines
-    finally:
-        logger.removeHandler(handler)
 
 
 class Layers:
@@ -130,14 +107,14 @@ def fresh(work: Callable[..., Tensor], dynamic: bool | None = None, **options: A
     return torch.compile(work, backend="cpcompile", options=options, dynamic=dynamic, fullgraph=True)
 
 
-def equal_to_eager(compiled: Callable[[Tensor], Tensor], work: Callable[[Tensor], Tensor], case: Case) -> list[str]:
+def equal_to_eager(compiled: Callable[[Tensor], Tensor], work: Callable[[Tensor], Tensor], case: Case) -> Heard:
     """Run both on every input; return the log."""
-    with heard() as lines, torch.no_grad():
+    with hear() as heard, torch.no_grad():
         for given in inputs(case):
             found, expected = compiled(given), work(given)
             assert found.shape == expected.shape
             assert (found - expected).norm() <= TOLERANCE * expected.norm()
-    return lines
+    return heard
 
 
 def layouts(rank: int, folder: str) -> None:
@@ -145,10 +122,10 @@ def layouts(rank: int, folder: str) -> None:
         work = getattr(Layers(rank), case.work)
         for options in ({}, {"strategy": "tp"}):
             compiled = fresh(work, case.dynamic, **options)
-            lines = equal_to_eager(compiled, work, case)
-            assert not any("WARNING" in line for line in lines), (name, lines)
-            counts = [line.rpartition(": ")[2] for line in lines if "all-reduces rewritten" in line]
-            assert counts and (not options or set(counts) == {f"{case.rewritten} all-reduces rewritten"}), (name, lines)
+            heard = equal_to_eager(compiled, work, case)
+            assert not heard.warnings(), (name, heard.told)
+            counts = heard.rewritten()
+            assert counts and (not options or set(counts) == {case.rewritten}), (name, heard.told)
 
 
 class OnOneRank(nn.Linear):
@@ -179,10 +156,10 @@ def unlike_graphs(rank: int, folder: str) -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 dist.broadcast(parameter, 0)
-        lines = equal_to_eager(compiled, model, case)
-        (warning,) = [line for line in lines if "WARNING" in line]
-        assert "expected the same graph on every rank, found" in warning and "on ranks [1]" in warning, lines
-        assert any("0 of 1 all-reduces rewritten" in line for line in lines), lines
+        heard = equal_to_eager(compiled, model, case)
+        (warning,) = heard.warnings()
+        assert "expected the same graph on every rank, found" in warning and "on ranks [1]" in warning, heard.told
+        assert "0 of 1" in heard.rewritten(), heard.told
         with pytest.raises(Exception, match=r"RequirementError: not rewritten: .*node .* expected the same graph"):
             equal_to_eager(fresh(model, require=["*"]), model, case)
     in_step(rank)
@@ -191,8 +168,8 @@ def unlike_graphs(rank: int, folder: str) -> None:
 def in_step(rank: int) -> None:
     """The positive control: what follows is rewritten on both ranks."""
     work = Layers(rank).hidden
-    lines = equal_to_eager(fresh(work, strategy="tp", require=["*"]), work, Case("", [(8, HIDDEN)], "", [0]))
-    assert any("2 of 2 all-reduces rewritten" in line for line in lines), lines
+    heard = equal_to_eager(fresh(work, strategy="tp", require=["*"]), work, Case("", [(8, HIDDEN)], "", [0]))
+    assert "2 of 2" in heard.rewritten(), heard.told
 
 
 def fails(*_: Any, **__: Any) -> Any:
@@ -220,13 +197,12 @@ def faults(rank: int, folder: str) -> None:
         for ranks in ([1],) if number else ([1], [0, 1]):  # both at once is the easier one
             where = f"{folder}/dump_{number}_{len(ranks)}"
             with unittest.mock.patch(target, fails) if rank in ranks else contextlib.nullcontext():
-                lines = equal_to_eager(fresh(work, strategy="tp", dump_dir=where), work, case)
-            told = [line for line in lines if "all-reduces rewritten" in line]
-            assert told and all(f": {rewritten} all" in line for line in told), (target, lines)
-            raised = [line for line in lines if "KeyError: 'made to fail'" in line]
+                heard = equal_to_eager(fresh(work, strategy="tp", dump_dir=where), work, case)
+            assert set(heard.rewritten()) == {rewritten}, (target, heard.told)
+            raised = [line for line in heard.lines() if "KeyError: 'made to fail'" in line]
             # A rank that fails before an exchange is missed in it, and its reason comes with no outcome.
-            missed = [line for line in lines if "found rank 1 'outcome of the rewrite'" in line]
-            assert bool(raised or missed) == (rank in ranks or rewritten == "0 of 2"), (target, lines)
+            missed = [line for line in heard.lines() if "found rank 1 'outcome of the rewrite'" in line]
+            assert bool(raised or missed) == (rank in ranks or rewritten == "0 of 2"), (target, heard.told)
             files = {f.name for f in pathlib.Path(where).glob("rank_*/graph_0/*")}
             assert {"plan.json", "report.json"} <= files, (target, files)
             assert not raised or rank not in ranks or "failures.txt" in files, (target, files)
@@ -237,27 +213,22 @@ def absent_rank(rank: int, folder: str) -> None:
     """A rank that compiles nothing neither hangs nor stops the other. The last scenario: they are out of step then."""
     work, case = Layers(rank).hidden, Case("", [(8, HIDDEN)], "", [0])
     compiled = fresh(work, strategy="tp", timeout_s=2)
-    lines = equal_to_eager(compiled if rank == 0 else work, work, case)
-    assert rank == 1 or any("ranks [1] did not take part within 2 s" in line for line in lines), lines
+    heard = equal_to_eager(compiled if rank == 0 else work, work, case)
+    assert rank == 1 or any("ranks [1] did not take part within 2 s" in line for line in heard.lines()), heard.told
     # Now neither may take the other's next graph for its own last one: both say so at once.
-    lines = equal_to_eager(fresh(work, strategy="tp"), work, case)
-    assert any("WARNING" in line and "ranks [0] had given up before" in line for line in lines), lines
+    heard = equal_to_eager(fresh(work, strategy="tp"), work, case)
+    assert any("ranks [0] had given up before" in line for line in heard.warnings()), heard.told
 
 
 SCENARIOS = [layouts, unlike_graphs, faults, absent_rank]
 
 
-def run_rank(rank: int, folder: str, names: list[str]) -> None:
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    for scenario in SCENARIOS:
-        if scenario.__name__ in names:
-            scenario(rank, folder)
-    dist.destroy_process_group()
+def run_rank(rank: int, folder: str) -> None:
+    with joined(rank, WORLD, folder):
+        in_turn(SCENARIOS, rank, folder)
 
 
 @pytest.mark.ranks
 def test_two_ranks(tmp_path: Any) -> None:
     """One spawn for all scenarios."""
-    mp.spawn(run_rank, (str(tmp_path), [s.__name__ for s in SCENARIOS]), nprocs=WORLD)
+    mp.spawn(run_rank, (str(tmp_path),), nprocs=WORLD)

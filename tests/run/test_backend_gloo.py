@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import re
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from blocks import VOCAB, Block, Spelling
 from cached_models import Cached, Packed, mark_prefix, positions_of
+from gloo_ranks import in_turn, joined
+from heard import hear
 from models import TINY, build, shard, tiny_config
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 WORLD, TOLERANCE = 2, 2e-5
-
-
-class Heard(logging.Handler):
-    """Warnings that cpcompile logs."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
-@contextmanager
-def heard() -> Iterator[list[str]]:
-    handler, logger = Heard(), logging.getLogger("cpcompile")
-    logger.addHandler(handler)
-    try:
-        yield handler.lines
-    finally:
-        logger.removeHandler(handler)
 
 
 def ids_of(tokens: int, vocab: int = VOCAB) -> torch.Tensor:
@@ -76,11 +52,11 @@ def real_models(mesh: DeviceMesh, folder: str) -> None:
     counters.clear()
     options = {"strategy": "tp", "require": ["*o_proj", "*down_proj", "*embed_tokens"]}
     compiled = torch.compile(model, backend="cpcompile", options=options, fullgraph=True)
-    with heard() as lines, torch.no_grad():
+    with hear() as heard, torch.no_grad():
         for tokens in (9, 2, 3, 4, 5, 6, 7, 8, 16, 33):
             ids = ids_of(tokens, TINY["vocab_size"])
             close(compiled(input_ids=ids, use_cache=False).logits, whole(input_ids=ids, use_cache=False).logits)
-        assert graphs() == 1 and lines == []
+        assert graphs() == 1 and heard.warnings() == []
         # A single token gets a graph of its own, by dynamo's rule, in which nothing need be worth rewriting.
         ids = ids_of(1, TINY["vocab_size"])
         single = torch.compile(model, backend="cpcompile", options={"strategy": "tp"}, fullgraph=True)
@@ -95,11 +71,11 @@ def context_parallelism(mesh: DeviceMesh, folder: str) -> None:
         counters.clear()
         options = {"strategy": "cp", "axes": {"cp": mesh}}
         compiled = torch.compile(model, backend="cpcompile", options=options, fullgraph=True)
-        with heard() as lines, torch.no_grad():
+        with hear() as heard, torch.no_grad():
             for tokens in range(2, 52):
                 ids = ids_of(tokens, TINY["vocab_size"])
                 close(compiled(input_ids=ids, use_cache=False).logits, whole(input_ids=ids, use_cache=False).logits)
-        assert graphs() == 1 and lines == []
+        assert graphs() == 1 and heard.warnings() == []
 
 
 def layouts(mesh: DeviceMesh, folder: str) -> None:
@@ -110,11 +86,11 @@ def layouts(mesh: DeviceMesh, folder: str) -> None:
         counters.clear()
         options = {"strategy": "cp", "axes": {"cp": mesh}, "require": ["*self_attn*"], "layout": layout}
         compiled = torch.compile(model, backend="cpcompile", options=options, fullgraph=True)
-        with heard() as lines, torch.no_grad():
+        with hear() as heard, torch.no_grad():
             for tokens in (17, 2, 3, 4, 5, 8, 1023):
                 ids = ids_of(tokens, TINY["vocab_size"])
                 close(compiled(input_ids=ids, use_cache=False).logits, whole(input_ids=ids, use_cache=False).logits)
-        assert graphs() == 1 and lines == []
+        assert graphs() == 1 and heard.warnings() == []
 
 
 def caches_and_batches(mesh: DeviceMesh, folder: str) -> None:
@@ -127,7 +103,7 @@ def caches_and_batches(mesh: DeviceMesh, folder: str) -> None:
     chunked = torch.compile(Cached(model), backend="cpcompile", options=options, fullgraph=True)
     caches: list[torch.Tensor] = []
     at = 0
-    with heard() as lines, torch.no_grad():
+    with hear() as heard, torch.no_grad():
         for tokens in (17, 2, 24, 1, 1, 1, 1):
             now = ids[:, at : at + tokens].contiguous()
             if tokens > 1:
@@ -137,8 +113,8 @@ def caches_and_batches(mesh: DeviceMesh, folder: str) -> None:
             expected, *expected_caches = Cached(whole)(ids[:, :at])
             for mine, theirs in zip([logits, *caches], [expected[:, -tokens:], *expected_caches], strict=True):
                 close(mine, theirs)
-            assert tokens == 1 or lines == [], lines  # a single token has a graph of its own, with nothing to split
-    with heard() as lines, torch.no_grad():
+            assert tokens == 1 or heard.warnings() == []  # a single token has a graph of its own, with nothing to split
+    with hear() as heard, torch.no_grad():
         packed = torch.compile(Packed(model), backend="cpcompile", options=options, fullgraph=True)
         for lengths in ((1, 5, 8), (9, 8)):
             now, positions = ids[:, : sum(lengths)].contiguous(), positions_of(lengths)
@@ -146,7 +122,7 @@ def caches_and_batches(mesh: DeviceMesh, folder: str) -> None:
                 torch._dynamo.mark_dynamic(given, 1)
             alone = [whole(input_ids=part, use_cache=False).logits for part in now.split(lengths, 1)]
             close(packed(now, positions), torch.cat(alone, 1))
-    (line,) = lines  # no op of ours takes the mask of several requests in a row
+    (line,) = heard.warnings()  # no op of ours takes the mask of several requests in a row
     assert "sparse attention runs dense in 2 of 2" in line and "its mask is not known to be causal" in line, line
 
 
@@ -195,12 +171,12 @@ def training(mesh: DeviceMesh, folder: str) -> None:
 
 def different_options(mesh: DeviceMesh, folder: str) -> None:
     """Ranks that decide differently run the graph as it came, and say so."""
-    with heard() as lines:
+    with hear() as heard:
         _model, compiled = block(mesh, profile=("ascend-a3", "pcie")[mesh.get_local_rank()])
         close(compiled(ids_of(5)), Block()(ids_of(5)))
     assert any(
         "the ranks of axis" in line and "made different plans: give all of them the same options" in line
-        for line in lines
+        for line in heard.warnings()
     )
 
 
@@ -219,20 +195,12 @@ SCENARIOS = [
 ]  # fmt: skip
 
 
-def run_rank(rank: int, folder: str, names: list[str]) -> None:
-    torch.set_num_threads(1)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor_{rank}"  # nothing that another version compiled
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("tp",))
-    for scenario in SCENARIOS:
-        if scenario.__name__ in names:
-            began = time.perf_counter()
-            scenario(mesh, folder)
-            print(f"rank {rank}: {scenario.__name__} {time.perf_counter() - began:.1f} s", flush=True)
-    dist.destroy_process_group()
+def run_rank(rank: int, folder: str) -> None:
+    with joined(rank, WORLD, folder):
+        in_turn(SCENARIOS, init_device_mesh("cpu", (WORLD,), mesh_dim_names=("tp",)), folder)
 
 
 @pytest.mark.ranks
 def test_two_ranks(tmp_path: Any) -> None:
     """One spawn for all scenarios."""
-    mp.spawn(run_rank, (str(tmp_path), [s.__name__ for s in SCENARIOS]), nprocs=WORLD)
+    mp.spawn(run_rank, (str(tmp_path),), nprocs=WORLD)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as fc
 import torch.multiprocessing as mp
-from test_weights_gloo import WORLD, Layer, Lines, close, lines, rows_of
+from gloo_ranks import in_turn, joined
+from heard import Heard, hear
+from test_weights_gloo import WORLD, Layer, close, rows_of
 from torch import Tensor, nn
 
 
@@ -69,12 +70,12 @@ class OverOtherGroup(Deep):
         return self.some(x, 0, 4)
 
 
-def heard(kind: type[Deep], tokens: tuple[int, ...] = (6, 9, 4), **options: Any) -> Lines:
+def compiled(kind: type[Deep], tokens: tuple[int, ...] = (6, 9, 4), **options: Any) -> Heard:
     """Compile a model and run it at every number of tokens; what is said."""
     torch._dynamo.reset()
     model = kind()
     call = torch.compile(model, backend="cpcompile", options={"strategy": "tp", **options})
-    with lines() as said:
+    with hear() as said:
         for count in tokens:
             close(call(rows_of(count)), model(rows_of(count)))
     return said
@@ -87,14 +88,14 @@ def at(kind: type[Deep], what: str) -> str:
 
 
 def one_graph_is_not_told() -> None:
-    said = heard(Whole)
+    said = compiled(Whole)
     assert said.warnings() == []
     assert set(said.rewritten()) == {"4 of 4"}
 
 
 def breaks_between_layers() -> None:
     """Each graph is rewritten; that there are several is told once for all graphs and calls."""
-    said = heard(Between)
+    said = compiled(Between)
     (line,) = said.warnings()
     assert (
         f"dynamo breaks the model: 2 graphs of it so far, each compiled alone ({at(Between, 'graph_break')}: " in line
@@ -104,7 +105,7 @@ def breaks_between_layers() -> None:
 
 
 def breaks_in_a_loop() -> None:
-    said = heard(InALoop)
+    said = compiled(InALoop)
     (line,) = said.warnings()
     assert f"({at(InALoop, 'layer(x)')} runs in Python)" in line
     assert set(said.rewritten()) == {"1 of 1"}
@@ -117,7 +118,7 @@ def each_model_is_told() -> None:
     told = []
     for call in (first, first, second):
         torch._dynamo.reset()
-        with lines() as said:
+        with hear() as said:
             close(call(rows_of(6)), model(rows_of(6)))
         told.append(len(said.warnings()))
     assert told == [1, 0, 1]
@@ -127,7 +128,7 @@ def a_graph_without_use_of_the_axis() -> None:
     """It is left alone and says where the model broke; a whole model would have been given the wrong axis."""
     tp = dist.group.WORLD
     for kind, reason in ((Between, "no sum all-reduce of axis 'tp'"), (OverOtherGroup, "no all-reduce of the graph")):
-        said = heard(kind, (6,), axes={"tp": tp})
+        said = compiled(kind, (6,), axes={"tp": tp})
         _several, refused = sorted(said.warnings(), key=lambda line: "left alone" in line)
         assert "axis tp is left alone: " in refused and reason in refused
         assert f"; the model comes in several graphs: {at(kind, 'graph_break')}: " in refused
@@ -143,14 +144,8 @@ SCENARIOS: list[Callable[[], None]] = [
 
 
 def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    with torch.no_grad():
-        for scenario in SCENARIOS:
-            began = time.perf_counter()
-            scenario()
-            print(f"rank {rank}: {scenario.__name__} {time.perf_counter() - began:.1f} s", flush=True)
-    dist.destroy_process_group()
+    with joined(rank, WORLD, folder), torch.no_grad():
+        in_turn(SCENARIOS)
 
 
 @pytest.mark.ranks

@@ -6,13 +6,10 @@ here. A core list runs with the other tests; ``make matrix`` runs all, ``CPCOMPI
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,6 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from cousins import NAMES, config_of
+from gloo_ranks import joined
+from heard import Heard, hear
 from models import build
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
@@ -53,36 +52,13 @@ CORE = [Case("llama", axis=False), Case("v3", dynamic=True)]
 LINE = re.compile(r"T (?:>= (\d+)|in \[(\d+), (\d+)\]).*: (\d+) of (\d+) all-reduces rewritten")
 
 
-class Counts(logging.Handler):
-    """What cpcompile logs of its rewriting."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-    def at(self, tokens: int) -> tuple[int, int]:
-        """All-reduces rewritten at ``tokens`` tokens, and all-reduces, of every graph since the last time."""
-        done = total = 0
-        for first, low, high, rewritten, of in LINE.findall("\n".join(self.lines)):
-            if int(first or low) <= tokens <= int(high or tokens):
-                done, total = done + int(rewritten), total + int(of)
-        return done, total
-
-
-@contextmanager
-def counted() -> Iterator[Counts]:
-    handler, logger = Counts(), logging.getLogger("cpcompile")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield handler
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+def at(tokens: int, heard: Heard) -> tuple[int, int]:
+    """All-reduces rewritten at ``tokens`` tokens, and all-reduces, of every graph that was heard of."""
+    done = total = 0
+    for first, low, high, rewritten, of in LINE.findall("\n".join(heard.lines())):
+        if int(first or low) <= tokens <= int(high or tokens):
+            done, total = done + int(rewritten), total + int(of)
+    return done, total
 
 
 def made(case: Case) -> Any:
@@ -105,14 +81,14 @@ def run(case: Case, mesh: DeviceMesh) -> tuple[list[tuple[int, int]], str]:
     with torch.no_grad():
         for batch, tokens in SIZES:
             ids = torch.randint(1, 96, (batch, tokens), generator=torch.Generator().manual_seed(tokens))
-            with counted() as counts:
+            with hear() as heard:
                 logits = compiled(input_ids=ids, use_cache=False).logits
             expected = whole(input_ids=ids, use_cache=False).logits
             error = ((logits - expected).norm() / expected.norm()).item()
             if not error <= TOLERANCE:
                 told += f"B={batch}, T={tokens}: {error:.1e} off; "
-            if counts.lines:
-                found.append(counts.at(tokens))
+            if heard.told:
+                found.append(at(tokens, heard))
     return found, told
 
 
@@ -125,8 +101,13 @@ def wrong(model: str, found: list[tuple[int, int]]) -> str:
 
 
 def run_rank(rank: int, folder: str, cases: list[Case]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    with joined(rank, WORLD, folder):
+        failed = run_all(rank, cases)
+    assert not failed, "\n".join(failed)
+
+
+def run_all(rank: int, cases: list[Case]) -> list[str]:
+    """What failed of the cases, on any rank."""
     mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("tp",))
     failed = []
     for case in cases:
@@ -143,7 +124,7 @@ def run_rank(rank: int, folder: str, cases: list[Case]) -> None:
         failed += [f"{case}: rank {r}: {told}" for r, told in enumerate(everyone) if told]
         if rank == 0:
             print(f"{case}: {time.perf_counter() - began:.0f} s, {found} of all rewritten {told}", flush=True)
-    assert not failed, "\n".join(failed)
+    return failed
 
 
 def chosen(named: str) -> list[Case]:

@@ -5,7 +5,6 @@ Through ``torch.compile`` as a user calls it, each model twice with other shapes
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,20 +13,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.multiprocessing as mp
+from gloo_ranks import joined
+from heard import hear
 from torch import Tensor, nn
 
 WORLD, H = 4, 8
-
-
-class Heard(logging.Handler):
-    """What cpcompile says of a compilation."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 class Layer(nn.Module):
@@ -62,19 +52,16 @@ def as_eager(
     between: Callable[..., Tensor], calls: list[tuple[Any, ...]], options: dict[str, Any], dynamic: bool | None = None
 ) -> list[str]:
     """Compare on this rank; returns what was said."""
-    model, heard, logger = Layer(between), Heard(), logging.getLogger("cpcompile")
+    model = Layer(between)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="cpcompile", options=options or None, dynamic=dynamic)
-    logger.addHandler(heard)
-    logger.setLevel(logging.INFO)
-    for args in calls:
-        if dynamic is None:
-            torch._dynamo.mark_dynamic(args[0], 0)
-        with torch.no_grad():
+    with hear() as heard, torch.no_grad():
+        for args in calls:
+            if dynamic is None:
+                torch._dynamo.mark_dynamic(args[0], 0)
             expected, found = model(*args), compiled(*args)
-        assert (found - expected).norm() <= 2e-6 * expected.norm(), (dist.get_rank(), options, args[1:])
-    logger.removeHandler(heard)
-    return heard.lines
+            assert (found - expected).norm() <= 2e-6 * expected.norm(), (dist.get_rank(), options, args[1:])
+    return heard.lines()
 
 
 def reductions(options: dict[str, Any]) -> None:
@@ -105,13 +92,11 @@ def numbers(options: dict[str, Any]) -> None:
 
 
 def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    for options in ({}, {"strategy": "tp"}):
-        reductions(options)
-        numbers(options)
-    dist.barrier()
-    dist.destroy_process_group()
+    with joined(rank, WORLD, folder):
+        for options in ({}, {"strategy": "tp"}):
+            reductions(options)
+            numbers(options)
+        dist.barrier()
 
 
 @pytest.mark.ranks

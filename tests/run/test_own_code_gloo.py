@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any, NamedTuple
 
@@ -11,8 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from gloo_ranks import joined
+from heard import Heard, hear
 from own_code import Model, Sizes
-from test_weights_gloo import WORLD, Lines, close, lines
+from test_weights_gloo import WORLD, close
 
 WIDE = {"dim": 1024, "batch": 4, "length": 260}  # at 4 x 256 tokens sharding pays over gloo, at 4 x 1 it does not
 
@@ -50,7 +51,7 @@ def routed_in_python() -> None:
     assert counts and all(count.startswith("0 of ") for count in counts), counts
 
 
-def steps(form: Form, fullgraph: bool) -> list[Lines]:
+def steps(form: Form, fullgraph: bool) -> list[Heard]:
     """The prompt, then three tokens: as eager and as the whole model. What is said at each step."""
     rank, sizes, heard = dist.get_rank(), form.sizes, []
     torch._dynamo.reset()
@@ -60,7 +61,7 @@ def steps(form: Form, fullgraph: bool) -> list[Lines]:
     ids, at = torch.randint(0, sizes.vocab, shape, generator=torch.Generator().manual_seed(1)), 0
     for tokens in (form.prompt, 1, 1, 1):
         now = ids[:, at : at + tokens]
-        with lines() as said:
+        with hear() as said:
             logits = compiled(now, at)
         heard.append(said)
         close(logits, plain(now, at))
@@ -72,16 +73,12 @@ def steps(form: Form, fullgraph: bool) -> list[Lines]:
 
 
 def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor_{rank}"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    with torch.no_grad():
+    with joined(rank, WORLD, folder), torch.no_grad():
         for name, form in FORMS.items():
             began = time.perf_counter()
             prefill_and_three_steps(form)
             print(f"rank {rank}: {name} {time.perf_counter() - began:.1f} s", flush=True)
         routed_in_python()
-    dist.destroy_process_group()
 
 
 @pytest.mark.ranks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from blocks import VOCAB, Block, Spelling
+from gloo_ranks import in_turn, joined
 
 from cpcompile import identity
 from cpcompile.errors import AxisError
@@ -212,13 +212,8 @@ SCENARIOS: list[Callable[[Ranks], None]] = [
 
 
 def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor_{rank}"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    first = Ranks(Path(folder))
-    for scenario in SCENARIOS:
-        scenario(first)
-    dist.destroy_process_group()
+    with joined(rank, WORLD, folder):
+        in_turn(SCENARIOS, Ranks(Path(folder)))
 
 
 @pytest.mark.ranks

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,41 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from gloo_ranks import in_turn, joined
+from heard import hear
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from cpcompile.exchange import GroupExchange
 
 WORLD, HIDDEN, INNER, TOLERANCE = 2, 64, 96, 2e-5
-
-
-class Lines(logging.Handler):
-    """What cpcompile logs."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.lines: list[tuple[int, str]] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append((record.levelno, record.getMessage()))
-
-    def warnings(self) -> list[str]:
-        return [line for level, line in self.lines if level >= logging.WARNING]
-
-    def rewritten(self) -> list[str]:
-        """``"1 of 2"`` for each graph and interval of T."""
-        return [line.rpartition(": ")[2].partition(" all-")[0] for _, line in self.lines if "rewritten" in line]
-
-
-@contextmanager
-def lines() -> Iterator[Lines]:
-    handler, logger = Lines(), logging.getLogger("cpcompile")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield handler
-    finally:
-        logger.removeHandler(handler)
 
 
 @contextmanager
@@ -126,7 +96,7 @@ def buffers_that_the_graph_writes() -> None:
     for options, steps in (({}, (6, 6)), ({"strategy": "tp"}, (6, 6, 9, 4))):
         model = Writing()
         plain, call = copy.deepcopy(model), compiled(model, **options)
-        with lines() as said, exchanges() as whats:
+        with hear() as said, exchanges() as whats:
             for tokens in steps:
                 close(call(rows_of(tokens)), plain(rows_of(tokens)))
             assert "fingerprints of weights" not in whats and said.warnings() == []
@@ -144,7 +114,7 @@ def layers_that_share_a_graph() -> None:
     counters.clear()
     for layer in layers:
         layer.compile(backend="cpcompile", options={"strategy": "tp"})
-    with lines() as said, exchanges() as whats:
+    with hear() as said, exchanges() as whats:
         for tokens in (6, 6):
             mine = theirs = rows_of(tokens)
             for layer, other in zip(layers, plain, strict=True):
@@ -173,7 +143,7 @@ def weights_that_are_loaded_again() -> None:
     plain, call = copy.deepcopy(model), compiled(model, strategy="tp")
     x, own = rows_of(6), 0.5 + dist.get_rank()
     close(call(x), plain(x))
-    with lines() as said, exchanges() as whats:
+    with hear() as said, exchanges() as whats:
         for change in changes:
             for by in (2.0, own, 1 / own):
                 for each in (model, plain):
@@ -189,15 +159,8 @@ SCENARIOS = [buffers_that_the_graph_writes, layers_that_share_a_graph, weights_t
 
 
 def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor_{rank}"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    with torch.no_grad():
-        for scenario in SCENARIOS:
-            began = time.perf_counter()
-            scenario()
-            print(f"rank {rank}: {scenario.__name__} {time.perf_counter() - began:.1f} s", flush=True)
-    dist.destroy_process_group()
+    with joined(rank, WORLD, folder), torch.no_grad():
+        in_turn(SCENARIOS)
 
 
 @pytest.mark.ranks

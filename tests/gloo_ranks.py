@@ -1,0 +1,30 @@
+"""Real ranks of a test: processes that meet over gloo."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def joined(rank: int, world: int, folder: str) -> Iterator[None]:
+    """This process as one of ``world`` ranks that meet in ``folder``; code that was compiled before is not taken."""
+    torch.set_num_threads(1)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor_{rank}"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    yield
+    dist.destroy_process_group()
+
+
+def in_turn(scenarios: Sequence[Callable[..., None]], *args: Any) -> None:
+    """Call each with ``args``, and print what it took."""
+    for scenario in scenarios:
+        began = time.perf_counter()
+        scenario(*args)
+        print(f"rank {dist.get_rank()}: {scenario.__name__} {time.perf_counter() - began:.1f} s", flush=True)
