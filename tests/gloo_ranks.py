@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+# In a collective of any group: the half an hour that PyTorch waits would outlast a whole run of the tests.
+WAIT_FOR_OTHERS = timedelta(minutes=5)
 
 
 @contextmanager
 def joined(rank: int, world: int, folder: str) -> Iterator[None]:
     """This process as one of ``world`` ranks that meet in ``folder``; code that was compiled before is not taken."""
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(WAIT_FOR_OTHERS.total_seconds(), repeat=True)  # shown where the test fails
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor_{rank}"
+    distributed_c10d.default_pg_timeout = WAIT_FOR_OTHERS  # new groups do not take it from the first one
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     yield
+    faulthandler.cancel_dump_traceback_later()
     dist.destroy_process_group()
 
 

@@ -14,8 +14,8 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from gloo_ranks import in_turn, joined
 from module_forms import FORMS, VOCAB, Form, build
 
 from cpcompile import module_sharing, share_weights
@@ -123,19 +123,14 @@ def one_failure_leaves_the_others_shared(rank: int, groups: ProcessGroups) -> No
 SCENARIOS = [every_form, one_failure_leaves_the_others_shared]
 
 
-def work(rank: int, rendezvous: str) -> None:
-    torch.set_num_threads(1)
+def run_rank(rank: int, folder: str) -> None:
     logging.getLogger("cpcompile").setLevel(logging.INFO)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
-    groups = ProcessGroups(rank_groups(Sizes(dp=WORLD, **dict.fromkeys(ROLES.values(), WORLD)), "vllm"))
-    try:
-        for scenario in SCENARIOS:
-            scenario(rank, groups)
-    finally:
+    with joined(rank, WORLD, folder):
+        groups = ProcessGroups(rank_groups(Sizes(dp=WORLD, **dict.fromkeys(ROLES.values(), WORLD)), "vllm"))
+        in_turn(SCENARIOS, rank, groups)
         groups.destroy()
-        dist.destroy_process_group()
 
 
 @pytest.mark.ranks
 def test_two_ranks(tmp_path: Path) -> None:
-    mp.spawn(work, (str(tmp_path / "rendezvous"),), nprocs=WORLD)
+    mp.spawn(run_rank, (str(tmp_path),), nprocs=WORLD)

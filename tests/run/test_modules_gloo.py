@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from gloo_ranks import joined
 from models import TINY, build, shard, tiny_config
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -138,18 +138,14 @@ SCENARIOS = [
 ]
 
 
-def work(rank: int, rendezvous: str, name: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
-    groups = ProcessGroups(rank_groups(Sizes(dp=WORLD, **dict.fromkeys(ROLES.values(), WORLD)), "vllm"))
-    try:
+def run_rank(rank: int, folder: str, name: str) -> None:
+    with joined(rank, WORLD, folder):
+        groups = ProcessGroups(rank_groups(Sizes(dp=WORLD, **dict.fromkeys(ROLES.values(), WORLD)), "vllm"))
         next(s for s in SCENARIOS if s.__name__ == name)(rank, groups)
-    finally:
         groups.destroy()
-        dist.destroy_process_group()
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("scenario", [s.__name__ for s in SCENARIOS])
 def test_two_ranks(scenario: str, tmp_path: Path) -> None:
-    mp.spawn(work, (str(tmp_path / "rendezvous"), scenario), nprocs=WORLD)
+    mp.spawn(run_rank, (str(tmp_path), scenario), nprocs=WORLD)
