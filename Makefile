@@ -18,7 +18,7 @@ SGLANG := $(SGLANG_VENV)/.installed
 # Torch_npu is for the tests that lower to Ascend alone, which look for it in $(VENV)/ascend: on the path of all, PyTorch and
 # the transformers library would import it, and that fails where CANN is not installed.
 
-.PHONY: demo test matrix test-vllm test-sglang lint bench fuzz clean
+.PHONY: demo test matrix test-vllm matrix-vllm test-sglang matrix-sglang lint bench fuzz clean
 
 demo: $(DEMO)
 	$(BIN)/python examples/demo.py
@@ -34,9 +34,17 @@ matrix: $(TEST)
 test-vllm: $(VLLM)
 	$(VLLM_BIN)/python -m pytest -q tests/serving
 
+# All kinds of models through real vLLM, and below through real SGLang; `make test-vllm` and `make test-sglang` run one of them.
+matrix-vllm: $(VLLM)
+	CPCOMPILE_MODELS=all $(VLLM_BIN)/python -m pytest -v tests/serving/test_vllm_models.py
+
 # Real SGLang on the CPU, the same way. Without tests/conftest.py, which imports transformers before torchvision is mended.
 test-sglang: $(SGLANG)
 	$(SGLANG_BIN)/python -m pytest -q --confcutdir tests/serving_sglang tests/serving_sglang
+
+matrix-sglang: $(SGLANG)
+	CPCOMPILE_MODELS=all $(SGLANG_BIN)/python -m pytest -v --confcutdir tests/serving_sglang \
+		tests/serving_sglang/test_sglang_models.py
 
 lint: $(TEST)
 	$(BIN)/ruff check .

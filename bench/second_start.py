@@ -11,6 +11,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "serving"))
 
@@ -22,11 +23,13 @@ TIMED = re.compile(r"init engine \(.*\) took ([\d.]+) s")
 
 def measure(kind: str, layers: int) -> tuple[float, float]:
     """Seconds of the first and of the second start."""
-    model_folder.LAYERS = model_folder.FIELDS["num_hidden_layers"] = layers
+    deeper: dict[str, Any] = {"num_hidden_layers": layers}
+    if kind == "v32":
+        deeper["mlp_layer_types"] = ["dense"] + ["sparse"] * (layers - 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         engine = {
-            "model": str(model_folder.make_folder(folder / "model", kind)),
+            "model": str(model_folder.make_folder(folder / "model", kind, **deeper)),
             "tensor_parallel_size": 2,
             "compilation_config": processes.COMPILED,
             "additional_config": {"cpcompile": {"strategy": "tp", "require": ["*"]}},

@@ -13,6 +13,14 @@ from cpcompile.backend import cpcompile_backend
 from cpcompile.serving.sglang_hooks import Batch, name_modules
 
 log = logging.getLogger("cpcompile")
+#: Classes of SGLang's, and so those that are derived from them, whose body is known to be one graph with our hooks.
+KNOWN = {
+    "DeepseekV2ForCausalLM",
+    "Glm4MoeForCausalLM",
+    "LlamaForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen3MoeForCausalLM",
+}
 
 
 class Entry:
@@ -40,10 +48,12 @@ class Entry:
 
 def compile_model(model: torch.nn.Module, options: Mapping[str, Any]) -> None:
     """Compile the body of ``model``, all but ``lm_head``, from its next call on."""
-    from sglang.srt.models.deepseek_v2 import DeepseekV2ForCausalLM
-
-    if not isinstance(model, DeepseekV2ForCausalLM):
-        log.warning("cpcompile will NOT be called: %s is not one of SGLang's DeepSeek models", type(model).__name__)
+    if not {cls.__name__ for cls in type(model).__mro__} & KNOWN:
+        log.warning(
+            "cpcompile will NOT be called: %s is not one of the models that it knows in SGLang (%s)",
+            type(model).__name__,
+            ", ".join(sorted(KNOWN)),
+        )
         return
     name_modules(model)
     body: Any = model.model

@@ -19,7 +19,14 @@ def install() -> None:
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
 
-    CpuPlatform.get_attn_backend_cls = classmethod(lambda cls, *_, **__: _path(CPUMLABackend))
+    theirs = CpuPlatform.get_attn_backend_cls
+
+    def backend_of(cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: Any = None) -> str:
+        if attn_selector_config.use_mla:
+            return _path(CPUMLABackend)
+        return str(theirs(selected_backend, attn_selector_config, num_heads))
+
+    CpuPlatform.get_attn_backend_cls = classmethod(backend_of)
     # No cache of its own: its keys are not read.
     deepseek_v2.DeepseekV32IndexerCache.get_kv_cache_spec = lambda *_: None
     deepseek_v2.per_token_group_quant_fp8 = lambda q, *_, **__: (q, torch.ones_like(q[:, :1]))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,16 @@ ARRIVALS = [(prompt(length), step) for length, step in zip(LENGTHS, STEPS, stric
 LONG, BRANCH = 100, prompt(65)[:40] + prompt(30)
 ARRIVALS += [(prompt(65), 11), (BRANCH, 11), (prompt(LONG), 11)]
 
+# A short and a long prompt, the second while the first decodes; and, when nobody decodes, both again in one step.
+# So long that it pays to shard the norms alone, which is all that there is in models whose attention is not MLA.
+TWICE = [(prompt(6), 0), (prompt(480), 3), (prompt(6), 24), (prompt(480), 24)]
+
+
+def chosen(kinds: Iterable[str], core: str) -> tuple[str, ...]:
+    """Models to run: ``core``, or what ``CPCOMPILE_MODELS`` says, of which "all" are ``kinds``."""
+    named = os.environ.get("CPCOMPILE_MODELS", core)
+    return tuple(kinds) if named == "all" else tuple(named.split(","))
+
 
 def job(engines: dict[str, Any]) -> dict[str, Any]:
     return {"engines": engines, "arrivals": ARRIVALS, "new_tokens": NEW_TOKENS, "plain_router": True}
@@ -39,6 +50,16 @@ def rewritten(log: str, rank: int) -> list[tuple[int, ...]]:
     """What a rank of two logged of each interval of token counts: the least, all-reduces rewritten, all of them."""
     line = rf"cpcompile: T (?:in \[|>= )(\d+).*, rank {rank} of 2 of axis tp: (\d+) of (\d+) all-reduces rewritten"
     return [tuple(map(int, found)) for found in re.findall(line, log)]
+
+
+def by_graph(log: str, rank: int) -> list[list[tuple[int, ...]]]:
+    """``rewritten``, a list for each graph: the intervals of a graph begin with that of no tokens."""
+    graphs: list[list[tuple[int, ...]]] = []
+    for interval in rewritten(log, rank):
+        if interval[0] == 0:
+            graphs.append([])
+        graphs[-1].append(interval)
+    return graphs
 
 
 def checked(done: Done) -> Done:

@@ -2,10 +2,10 @@
 
 ``generate.py JOB.json``, alone or under torchrun. The job: ``engines`` (name → arguments of ``LLM``), ``arrivals``
 (a prompt and the number of engine steps after which it arrives), ``new_tokens``, and ``out``: rank r writes ``out.r``.
-With ``plain_router`` vLLM compiles no router; with ``die`` it answers again, and rank 1 kills itself at a step; with
-``pieces`` vLLM compiles piece by piece on this platform too, and with ``chunks`` it prefills in chunks and takes
-prefixes from its cache; with ``shares`` data-parallel replica r gets the arrivals numbered in ``shares[r]``. What an
-engine said comes with the steps of its scheduler (``watch.py``).
+With ``plain_router`` vLLM compiles no router; with ``plain`` it answers again with vLLM's own forward; with ``die`` it
+answers again, and rank 1 kills itself at a step; with ``pieces`` vLLM compiles piece by piece on this platform too, and
+with ``chunks`` it prefills in chunks and takes prefixes from its cache; with ``shares`` data-parallel replica r gets
+the arrivals numbered in ``shares[r]``. What an engine said comes with the steps of its scheduler (``watch.py``).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _engine(name: str, arguments: dict[str, Any], job: dict[str, Any], told: dic
     print(f"engine {arguments}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         arguments = {**arguments, "distributed_executor_backend": "external_launcher"}
-    backend = watch.time_backend()
+    backend, runs = watch.time_backend(), watch.compiled_runs()
     began, busy = time.perf_counter(), sum(os.times()[:4])
     llm = LLM(**{**ENGINE, **arguments})
     ready, busy = time.perf_counter(), sum(os.times()[:4]) - busy
@@ -72,12 +72,24 @@ def _engine(name: str, arguments: dict[str, Any], job: dict[str, Any], told: dic
     spent = {"start_up_s": ready - began, "start_up_cpu_s": busy, "backend_cpu_s": sum(backend)}
     spent["generate_s"] = time.perf_counter() - ready
     told[name] = {"answers": answers, "steps": list(steps), "idle": steps.count({}), **spent}
+    if job.get("plain"):
+        told[name]["runs"] = [len(runs)]
+        llm.apply_model(_run_uncompiled)
+        told[name]["plain"] = _generate(llm.llm_engine, job)
+        told[name]["runs"].append(len(runs))
     Path(f"{job['out']}.{os.environ.get('RANK', '0')}").write_text(json.dumps(told))
     if job.get("die"):
         _generate(llm.llm_engine, {**job, "die_at": DIE_AT})
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()
+
+
+def _run_uncompiled(model: Any) -> None:
+    """Have every part of ``model`` that vLLM compiles run as vLLM wrote it, from now on."""
+    for module in model.modules():
+        if hasattr(module, "do_not_compile"):
+            module.do_not_compile = True
 
 
 def _generate(engine: Any, job: dict[str, Any]) -> list[dict[str, Any]]:

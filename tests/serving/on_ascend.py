@@ -21,7 +21,10 @@ import torch.distributed._functional_collectives as funcol
 
 from cpcompile.lowering.ascend.installation import import_torchair
 
-HIDDEN, TOKENS = 16, (2, 5, 8, 9)
+HIDDEN, TOKENS = (
+    512,
+    (2, 5, 3000, 3001),
+)  # without an option the all-reduce is kept in small steps, rewritten in large ones
 
 
 def main() -> None:
@@ -63,7 +66,7 @@ class Layer(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(dist.get_rank())
-        self.own = torch.nn.Parameter(torch.randn(HIDDEN, HIDDEN, generator=generator))
+        self.own = torch.nn.Parameter(torch.randn(HIDDEN, HIDDEN, generator=generator) / HIDDEN**0.5)
         self.gamma = torch.nn.Parameter(torch.arange(HIDDEN) / HIDDEN)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +93,7 @@ def compiled(config: Any) -> dict[int, float]:
     manager.add(ours)
     compiler = resolve_obj_by_qualname(current_platform.get_compile_backend())()
     compiler.compute_hash(config)
-    tokens = Range(1, 64)
+    tokens = Range(1, 4096)
 
     def backend(gm: Any, example_inputs: Any) -> Any:
         names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]

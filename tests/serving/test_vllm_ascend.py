@@ -40,7 +40,7 @@ def on_ascend(work: Path, folder: str, compilation: Any, ranks: int = 1, compile
     arguments = {
         "model": folder, "tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher",
         "compilation_config": compilation,
-        "additional_config": {"cpcompile": {"strategy": "tp"}, "ascend_compilation_config": QUIET},
+        "additional_config": {"cpcompile": {}, "ascend_compilation_config": QUIET},
     }  # fmt: skip
     job = {"path": str(PACKAGES), "arguments": arguments, "out": str(work / "out"), "compile": compile}
     (work / "job.json").write_text(json.dumps(job))

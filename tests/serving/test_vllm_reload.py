@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from expected import rewritten
 from model_folder import make_folder
 from processes import COMPILED, free_port
 from torch import nn
@@ -30,7 +31,8 @@ from vllm.plugins import load_general_plugins
 from cpcompile.errors import ReloadError
 from cpcompile.serving.vllm_entry import Entry
 
-WORLD, VOCAB, HIDDEN, INNER = 2, 32, 16, 24
+WORLD, VOCAB, HIDDEN, INNER = 2, 32, 512, 24
+SMALL, LARGE = (2, 9), (2000, 2001)  # tokens of steps: without an option the all-reduce is kept, and rewritten
 
 
 @support_torch_compile(dynamic_arg_dims={"ids": 0})
@@ -78,7 +80,7 @@ class Rank:
             dtype="float32",
             max_model_len=256,
             compilation_config=dict(COMPILED),
-            additional_config={"cpcompile": {"strategy": "tp", "require": ["*"], **options}},
+            additional_config={"cpcompile": options},
             **given,
         ).create_engine_config()
 
@@ -89,12 +91,13 @@ class Rank:
         with set_current_vllm_config(config), heard() as lines, torch.no_grad():
             model = Layer(vllm_config=config)
             change(model)
-            for tokens in (9, 2, 8):
+            for tokens in (LARGE[1], *SMALL, LARGE[0]):
                 ids = torch.arange(tokens) * 5 % VOCAB
                 torch.testing.assert_close(model(ids), model.forward(ids), rtol=1e-5, atol=1e-5)
         torch.distributed.barrier()
         (said,) = [line for line in lines if "took the code" in line or "compiles anew" in line]
-        assert any("1 of 1 all-reduces rewritten" in line for line in lines)
+        counts = rewritten("\n".join(lines), self.rank)
+        assert [count[1:] for count in counts] == [(0, 1), (1, 1)] and max(SMALL) < counts[1][0] <= min(LARGE), counts
         return said.removeprefix(f"cpcompile: rank {self.rank}, axis tp: ")
 
     def saved(self, config: Any) -> Path:

@@ -175,7 +175,7 @@ def test_a_plan_of_other_ranks_is_one_line(folder: str, tmp_path: Path, heard: l
 
 
 def test_flags_alone_set_what_the_backend_needs(folder: str, heard: list[str]) -> None:
-    config = configure(folder, {"strategy": "tp"}, compilation_config={"backend": "cpcompile"})
+    config = configure(folder, compilation_config={"backend": "cpcompile"})
     assert config.compilation_config.mode == CompilationMode.DYNAMO_TRACE_ONCE
     assert config.compilation_config.ir_enable_torch_wrap
     assert [os.environ.get(name) for name in SET] == ["0", None, None]

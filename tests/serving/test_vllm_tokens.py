@@ -105,6 +105,7 @@ def second_start(two_ranks: Callable[[str], Compiled]) -> Done:
 def in_pieces(small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """V3.2, cut by vLLM at its attention ops, with our pass as inductor's last one on every piece."""
     work = tmp_path_factory.mktemp("pieces")
+    # Without an option these pieces would be rewritten from 992 tokens on, which are more than the tests have.
     given = {"cpcompile": {"strategy": "tp", "require": ["*"]}}
     engine = {"model": str(small["v32"]), "tensor_parallel_size": 2, "compilation_config": IN_PIECES}
     how = {"pieces": True, "plain_router": False}  # which would name another compiler for the pieces, too
@@ -116,7 +117,7 @@ def in_pieces(small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 def shared(small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Done], Path]:
     """V3's modules shared by two data-parallel replicas; V3.2's o_proj by two tensor-parallel ranks, layer by layer."""
     work = tmp_path_factory.mktemp("shared")
-    over_tp = {"strategy": "tp", "flashcomm2_oproj_tensor_parallel_size": 1, "layer_sharding": ["o_proj"]}
+    over_tp = {"flashcomm2_oproj_tensor_parallel_size": 1, "layer_sharding": ["o_proj"]}
     found = {}
     for kind, sizes, options, more in (
         ("v3", {"data_parallel_size": 2}, {"finegrained_tp_config": MODULES}, {"shares": SHARES}),
@@ -280,9 +281,9 @@ def test_every_rank_reports_what_it_shares_and_proves_it(
 ) -> None:
     done, work = shared[0][kind], shared[1] / kind / f"rank_{rank}"
     (report,) = work.glob("graph_*/report.json")
-    (told,) = json.loads(report.read_text()).values()
-    assert [p["method"] for p in told["verify"]["proofs"]] == methods and told["verify"]["holds"]
-    assert Counter(m["role"] for m in told["modules"] if m["decision"] == "share") == modules
-    assert len(told["modules"]) == sum(modules.values())
+    for told in json.loads(report.read_text()).values():  # of each interval of token counts
+        assert list(dict.fromkeys(p["method"] for p in told["verify"]["proofs"])) == methods and told["verify"]["holds"]
+        assert Counter(m["role"] for m in told["modules"] if m["decision"] == "share") == modules
+        assert len(told["modules"]) == sum(modules.values())
     assert len(re.findall(r"[1-9]\d* bytes of whole weights released", done.log)) == 2
     assert "stays whole" not in done.log and "no weight is shared" not in done.log

@@ -25,6 +25,21 @@ def time_backend() -> list[float]:
     return spent
 
 
+def compiled_runs() -> list[int]:
+    """Grows with each run of a graph that this project compiled, from now on: the run's number of inputs."""
+    from cpcompile.run_code import RunCode
+
+    runs: list[int] = []
+    original = RunCode.__call__
+
+    def counted(self: Any, args: Any) -> Any:
+        runs.append(len(args))
+        return original(self, args)
+
+    RunCode.__call__ = counted  # type: ignore[method-assign]
+    return runs
+
+
 def listen(core: Any) -> list[dict[str, tuple[int, int]]]:
     """What the engine core will do, step by step: request → (tokens computed before, tokens of this step).
 

@@ -1,4 +1,4 @@
-"""The prompts of vLLM's tests as jobs of ``serve.py``, and what each of them gets from the transformers library."""
+"""The prompts of vLLM's tests as jobs of ``serve.py``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from expected import LENGTHS, NEW_TOKENS, STEPS, prompt
 from ranks import Done
 
@@ -29,17 +28,3 @@ def job(folder: Path, arrivals: list[Arrival], options: Any = None, **more: Any)
 def checked(done: Done) -> Done:
     assert not any(done.codes), "\n".join(log[-4000:] for log in done.logs)
     return done
-
-
-@torch.no_grad()
-def transformers_says(folder: Path, arrivals: list[Arrival], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Greedy tokens after each prompt and each beginning of its answer that was found: the answer's, if it is right."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    answers = []
-    for (ids, _), answer in zip(arrivals, found, strict=True):
-        read = torch.tensor([ids + answer["tokens"][:-1]])
-        scores = model(input_ids=read, use_cache=False).logits[0, len(ids) - 1 :].log_softmax(-1)
-        answers.append({"tokens": scores.argmax(-1).tolist(), "logprobs": scores.max(-1).values.tolist()})
-    return answers

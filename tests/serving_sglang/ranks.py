@@ -29,7 +29,7 @@ class Done:
 
 def run(folder: Path, job: dict[str, Any], ranks: int, **env: str) -> Done:
     """Run ``serve.py`` on ``ranks`` ranks; the caller looks at the exit codes."""
-    paths = os.pathsep.join([str(HERE.parent.parent), str(HERE)])
+    paths = os.pathsep.join([str(HERE.parent.parent), str(HERE), str(HERE.parent / "serving")])
     # A rank is bound to cores of its own where there is no node of memory for each.
     cores = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(ranks))
     alone = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": cores, "PYTHONPATH": paths}

@@ -7,6 +7,7 @@ prompt and the step at which it arrives), ``new_tokens``, and ``out``: rank r wr
   hidden states are apart;
 - ``mix``: it answers again, from an empty cache, without log-probabilities, which keep SGLang from mixing prefill and
   decode in a step;
+- ``plain``: it answers again with SGLang's own forward;
 - ``drop``: it answers again, with all-reduces that do nothing;
 - ``die``: it answers again, and rank 1 kills itself at the end of a step.
 """
@@ -25,6 +26,7 @@ from typing import Any
 import native_cpu  # noqa: F401  before SGLang
 import sparse_native
 import torch
+import watch
 
 COMMON = {
     "--device": "cpu",
@@ -56,7 +58,7 @@ def main() -> None:
 
 
 def serve(job: dict[str, Any], rank: int) -> None:
-    scheduler = start(job, rank)
+    runs, scheduler = watch.compiled_runs(), start(job, rank)
     runner, told = scheduler.tp_worker.model_runner, {"steps": []}
     if job.get("compare"):
         compare(runner.model.model, told["steps"])
@@ -64,6 +66,13 @@ def serve(job: dict[str, Any], rank: int) -> None:
     if job.get("mix"):
         assert scheduler.flush_cache()
         told["mixed"] = generate(scheduler, job, logprobs=False)
+    if job.get("plain"):
+        assert scheduler.flush_cache()
+        told["runs"] = [len(runs)]
+        del runner.model.model.forward  # the compiled one, in the place of its class's
+        with torch.compiler.set_stance("force_eager"):
+            told["plain"] = generate(scheduler, job)
+        told["runs"].append(len(runs))
     if job.get("drop"):
         from sglang.srt.distributed.parallel_state import GroupCoordinator
 

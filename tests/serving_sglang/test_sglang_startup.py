@@ -73,7 +73,7 @@ def test_a_plan_of_other_ranks_is_one_line(folder: str, tmp_path: Path) -> None:
 def test_turned_off_it_is_as_though_it_were_not_named(folder: str) -> None:
     assert read_options(arguments(folder, {"strategy": "off"})) is None
     assert read_options(ServerArgs(model_path=folder)) is None
-    assert read_options(arguments(folder, {"strategy": "tp"})) == {"strategy": "tp"}
+    assert read_options(arguments(folder, {})) == {}
     assert not set(sglang_hooks.AROUND) & HookRegistry._hooks.keys()
 
 
@@ -94,5 +94,5 @@ def test_sglangs_own_compilation_is_warned_of_where_it_does_not_pass_ours(
     if not own:
         monkeypatch.delattr(type(current_platform), "get_compile_backend")
     with caplog.at_level(logging.WARNING, "cpcompile"):
-        sglang_plugin._resolve(arguments(folder, {"strategy": "tp"}, enable_torch_compile=True))
+        sglang_plugin._resolve(arguments(folder, {}, enable_torch_compile=True))
     assert caplog.text.count("--enable-torch-compile would compile decode steps") == warnings
