@@ -45,7 +45,16 @@ class Case(NamedTuple):
 # are not here, some must be rewritten in every call that compiles. Sharding qwen3_moe, transformers puts a hook for
 # training on q_norm and k_norm, at which dynamo breaks in each layer, under no_grad too: no graph has two all-reduces,
 # so there is nothing to gain between them.
-REWRITTEN = {"llama": (4, 4), "v3": (3, 3), "v32": (5, 5), "qwen3_moe": (0, 2)}
+REWRITTEN = {
+    "v3": (3, 3),
+    "v31": (3, 3),
+    "kimi_k2": (3, 3),
+    "v32": (5, 5),
+    "v2_lite": (5, 5),
+    "glm4_moe": (5, 5),
+    "llama": (4, 4),
+    "qwen3_moe": (0, 2),
+}
 FORMS = [(attention, dynamic) for attention in (None, "eager") for dynamic in (None, True)]
 ALL = [*(Case(model, *form) for model in NAMES for form in FORMS), Case("v3", axis=False)]
 CORE = [Case("llama", axis=False), Case("v3", dynamic=True)]
