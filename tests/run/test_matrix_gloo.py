@@ -44,7 +44,7 @@ class Case(NamedTuple):
 # Model → all-reduces rewritten and all-reduces at these sizes, whatever the attention and ``dynamic``. Of models that
 # are not here, some must be rewritten in every call that compiles. Sharding qwen3_moe, transformers puts a hook for
 # training on q_norm and k_norm, at which dynamo breaks in each layer, under no_grad too: no graph has two all-reduces,
-# so there is nothing to gain between them.
+# so there is nothing to gain between them. LongCat's experts run in Python, and so break it in many graphs, too.
 REWRITTEN = {
     "v3": (3, 3),
     "v31": (3, 3),
@@ -52,6 +52,8 @@ REWRITTEN = {
     "v32": (5, 5),
     "v2_lite": (5, 5),
     "glm4_moe": (5, 5),
+    "glm_moe_dsa": (5, 5),
+    "longcat_flash": (0, 5),
     "llama": (4, 4),
     "qwen3_moe": (0, 2),
 }
