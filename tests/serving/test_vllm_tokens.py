@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 from expected import ARRIVALS, BRANCH, LENGTHS, LONG, STEPS, checked, job, rewritten, right, same, tokens_of
-from model_folder import FIELDS, INDEXER, LAYERS, make_folder
+from model_folder import ALL_REDUCES, FIELDS, INDEXER, LAYERS, make_folder
 from processes import COMPILED, IN_PIECES, LIMIT_S, Done, run, start_ranks
 
 KINDS = ("v3", "v32")
-ALL = 1 + 2 * LAYERS
 PROMPTS = [ids for ids, _ in ARRIVALS]
 BLOCK = 16  # tokens in a block of the cache
 #: A step takes the prompt of 65 tokens whole with four that decode, which makes an odd number, but not all that follow.
@@ -150,13 +149,13 @@ def test_every_all_reduce_of_large_steps_is_rewritten(
     """And none of small ones: with default options the tokens come of both graphs."""
     done = two_ranks(kind)
     small, *some, large = rewritten(done.logs[rank], rank)
-    assert small == (0, 0, ALL) and large[1:] == (ALL, ALL)
+    assert small == (0, 0, ALL_REDUCES) and large[1:] == (ALL_REDUCES, ALL_REDUCES)
     steps = tokens_of(done.told[rank]["steps"])
     assert min(steps) < min(first for first, *_ in (*some, large)) and large[0] <= max(steps)
     kept, told = (done.report(rank)[str(first)] for first, *_ in (small, large))
     assert told["verify"]["holds"] and told["verify"]["proofs"]
     decisions = [[c["decision"] for c in each["collectives"] if c["kind"] == "all_reduce"] for each in (kept, told)]
-    assert decisions == [["keep"] * ALL, ["scatter"] * ALL]
+    assert decisions == [["keep"] * ALL_REDUCES, ["scatter"] * ALL_REDUCES]
 
 
 @pytest.mark.parametrize("kind", KINDS)

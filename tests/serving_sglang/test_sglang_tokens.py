@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from answers import arrivals, checked, job
 from expected import LENGTHS, by_graph, prompt, right, same
-from model_folder import LAYERS, make_folder
+from model_folder import ALL_REDUCES, make_folder
 from ranks import Done, run
 
 from cpcompile.plan import AxisPlan, Plan
@@ -19,7 +19,6 @@ from cpcompile.report import REWRITTEN
 # When nobody decodes, prompts that begin as the last one did and go on for 8 and 7 tokens.
 SHARED, OWN, LATER = 57, (8, 7), (60, 80)
 CHUNK = 33  # tokens of a step, those that are decoded too: prompts of 31 and 65 do not fit
-ALL = 1 + 2 * LAYERS
 IN_CHUNKS = ("--enable-mixed-chunk",)  # and with the radix cache
 PLAIN = {"TORCH_COMPILE_DISABLE": "1"}  # SGLang compiles its router with inductor, which takes half a minute
 
@@ -93,13 +92,14 @@ def test_every_all_reduce_of_large_steps_is_rewritten(rank: int, two_ranks: tupl
     told = [json.loads(path.read_text()) for path in sorted((dump / f"rank_{rank}").glob("graph_*/report.json"))]
     # Some hundred steps: prefill of several requests and of one, decode; prefill and decode of one token.
     first, second, *single = by_graph(done.logs[rank], rank)
-    assert first == second and single == [[(0, 0, ALL)]] * 2
-    small, some, large = first  # one of them pays in larger steps than these only
-    assert small == (0, 0, ALL) and some[1:] == (ALL - 1, ALL) and large[1:] == (ALL, ALL) and 1 < some[0] <= CHUNK
+    assert first == second and single == [[(0, 0, ALL_REDUCES)]] * 2
+    small, some, _ = first  # the third, where all are rewritten, pays in larger steps than these only
+    assert [counts for _, *counts in first] == [[n, ALL_REDUCES] for n in (0, ALL_REDUCES - 1, ALL_REDUCES)]
+    assert small[0] == 0 and 1 < some[0] <= CHUNK
     for report in (each[str(some[0])] for each in told[:2]):
         assert report["verify"]["holds"] and report["verify"]["proofs"]
         rows = [c["decision"] for c in report["collectives"] if c["kind"] == "all_reduce"]
-        assert len(rows) == ALL and sum(row in REWRITTEN for row in rows) == ALL - 1
+        assert len(rows) == ALL_REDUCES and sum(row in REWRITTEN for row in rows) == ALL_REDUCES - 1
 
 
 def test_a_killed_rank_ends_the_other_with_an_error(two_ranks: tuple[Done, Path]) -> None:
