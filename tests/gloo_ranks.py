@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,12 +23,13 @@ WAIT_FOR_OTHERS = timedelta(minutes=5)
 def joined(rank: int, world: int, folder: str) -> Iterator[None]:
     """This process as one of ``world`` ranks that meet in ``folder``; code that was compiled before is not taken."""
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(WAIT_FOR_OTHERS.total_seconds(), repeat=True)  # shown where the test fails
+    # Where another rank failed, this one is terminated: what it did then shows why. Not at a time: reading the frames
+    # of a rank that runs can crash it.
+    faulthandler.register(signal.SIGTERM, chain=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor_{rank}"
     distributed_c10d.default_pg_timeout = WAIT_FOR_OTHERS  # new groups do not take it from the first one
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     yield
-    faulthandler.cancel_dump_traceback_later()
     dist.destroy_process_group()
 
 
