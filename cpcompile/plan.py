@@ -16,6 +16,7 @@ from typing import Any
 
 from cpcompile.errors import PlanError
 from cpcompile.layouts import KINDS
+from cpcompile.strict_json import read_json
 
 FORMAT = 1
 LABELS, ROUTES = ("P", "S"), ("scatter", "gather", "scatter+gather", "reduce")
@@ -113,8 +114,8 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """Read a plan back. Raises :class:`PlanError` if ``text`` is not one."""
         try:
-            data = json.loads(text, object_pairs_hook=_unique)
-        except (ValueError, RecursionError) as error:
+            data = read_json(text)
+        except ValueError as error:
             raise _no(f"{type(error).__name__}: {_line(error)}") from error
         about = _object(data, "a plan", {"format", "axes"})
         if about["format"] != FORMAT:
@@ -221,13 +222,6 @@ def _words(data: object, what: str, known: tuple[str, ...]) -> Mapping[str, str]
     odd = [word for word in found.values() if word not in known]
     if odd:
         raise _no(f"expected one of {', '.join(known)} in {what}; found {_told(odd[0])}")
-    return found
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("an object has a key twice")
     return found
 
 

@@ -32,6 +32,7 @@ from cpcompile.layouts import KINDS
 from cpcompile.passes.collectives import group_name_of, is_collective
 from cpcompile.passes.context import KEY, GraphContext
 from cpcompile.replication import InputFact, Kind, input_facts
+from cpcompile.strict_json import read_json
 from cpcompile.trace_reader import GraphReader
 from cpcompile.trace_sizes import checked, integer, told
 from cpcompile.trace_writer import GraphWriter
@@ -156,33 +157,21 @@ def _read(path: str | Path) -> tuple[dict[str, Any], object, bytes]:
                 raise TraceError(f"{path} is damaged or not a trace of `cpcompile trace`: it has other members")
             if any(i.compress_type != zipfile.ZIP_STORED or i.file_size != i.compress_size for i in infos.values()):
                 raise TraceError(f"{path} is damaged or not a trace of `cpcompile trace`: its members are compressed")
-            header = _json(archive.read(MEMBERS[0]))
+            header = read_json(archive.read(MEMBERS[0]).decode())
             if not isinstance(header, dict) or header.get("format") != FORMAT:
                 found = told(header.get("format") if isinstance(header, dict) else header)
                 raise TraceError(
                     f"{path}: expected trace format {FORMAT}, found {found}: trace again with this version"
                 )
-            return header, _json(archive.read(MEMBERS[1])), archive.read(MEMBERS[2])
+            return header, read_json(archive.read(MEMBERS[1]).decode()), archive.read(MEMBERS[2])
     except TraceError:
         raise
     except OSError as error:
         raise TraceError(f"cannot read the trace {path}: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError, RecursionError) as error:
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError) as error:
         raise TraceError(f"{path} is damaged or not a trace of `cpcompile trace`: {_first_line(error)}") from error
     except Exception as error:  # struct.error and others have no common base
         raise TraceError(f"{path} is damaged: {_first_line(error)}") from error
-
-
-def _json(data: bytes) -> object:
-    """JSON of which no object has a key twice."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("an object has a key twice")
-        return found
-
-    return json.loads(data, object_pairs_hook=unique)
 
 
 def _assemble(header: Mapping[str, Any], gm: fx.GraphModule) -> SavedTrace:

@@ -342,6 +342,8 @@ def _keys(
     batch, heads, keys = sizes
     node, dims = key[0].source, key[1]
     parts = joined(node)
+    by_token = node.target is aten.cat.default and bound(node)[1] % len(_shape(node)) != len(_shape(node)) - 1
+    _require(not by_token, node, "its cache holds each head's keys and not latents, as before transformers 5.18")
     _require(parts is not None, node, "its keys are not a part without and a part with position, joined")
     order = None if dims is None else permutation(row_major(_shape(node)), dims)
     _require(order is not None, node, "the dims of its keys are not where they should be")

@@ -255,7 +255,7 @@ RULES: Mapping[str, Rule] = {
     "aten::index_select": looks_up,
     **{f"aten::{n}": pointwise for n in ("zeros_like", "ones_like", "full_like", "empty_like", "_to_copy")},
     **{f"aten::{n}": pointwise for n in ("copy", "masked_fill", "where", "lift_fresh_copy", "fill", "floor_divide")},
-    **{f"aten::{n}": pointwise for n in ("polar", "complex", "_conj", "_neg_view")},
+    **{f"aten::{n}": pointwise for n in ("polar", "complex", "_conj", "_conj_physical", "_neg_view")},
 }
 
 # How many of several results are split by rows; the rest cannot be told of rows.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -15,7 +17,7 @@ from ge_exports import token_inputs
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cpcompile.capture import capture
+from cpcompile.capture import Trace, capture
 from cpcompile.lowering.ascend import conversion
 from cpcompile.lowering.ascend.installation import import_torchair
 from cpcompile.lowering.ge import GeProgram, interpret
@@ -126,27 +128,44 @@ def captured(op: str) -> list[str]:
     return [str(node.target) for gm in asked["graphs"] for node in gm.graph.nodes]
 
 
-def transposed(remove_noop_ops: bool) -> float:
-    """How far a reshape of a transposed copy is from what it should be."""
-    import tempfile
-    from pathlib import Path
-
+def exported(trace: Trace, inputs: dict[str, Any], remove_noop_ops: bool) -> Any:
+    """The one result of the trace's GE graph."""
     import torchair
 
     from cpcompile.lowering.ascend.bound_inputs import RankGraph
     from cpcompile.lowering.ascend.export import export
 
+    config = torchair.CompilerConfig()
+    config.experimental_config.remove_noop_ops = remove_noop_ops
+    with tempfile.TemporaryDirectory() as folder:
+        export(trace.gm, Path(folder), Settings(compiler_config=config), [{"source": i.name} for i in trace.inputs])
+        ((found,),) = interpret([RankGraph.read(Path(folder)).program(inputs)])
+    return found
+
+
+def transposed(remove_noop_ops: bool) -> float:
+    """How far a reshape of a transposed copy is from what it should be."""
     x = torch.arange(24.0).view(2, 12)
     trace = capture(lambda x: x.mul(2).view(2, 3, 4).permute(1, 0, 2).clone().add(1), x)
     (add,) = trace.gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)
     # As passes emit it: a copy that keeps the strides, then all elements in order.
     add.args = (emit(add, aten.reshape.default, add.args[0], [-1]), 1)
-    config = torchair.CompilerConfig()
-    config.experimental_config.remove_noop_ops = remove_noop_ops
-    with tempfile.TemporaryDirectory() as folder:
-        export(trace.gm, Path(folder), Settings(compiler_config=config), [{"source": i.name} for i in trace.inputs])
-        ((found,),) = interpret([RankGraph.read(Path(folder)).program({trace.inputs[0].name: x})])
-    return (found - (x * 2).view(2, 3, 4).permute(1, 0, 2).reshape(-1) - 1).abs().max().item()
+    found = exported(trace, {trace.inputs[0].name: x}, remove_noop_ops)
+    return (found - (x * 2).view(2, 3, 4).permute(1, 0, 2).reshape(-1) - 1).abs().max().item()  # type: ignore[no-any-return]
+
+
+def turned(remove_noop_ops: bool) -> float:
+    """How far a transposition with a dim of 1, behind what is no view, is from what it should be at 5 tokens."""
+
+    def angles(ids: torch.Tensor) -> torch.Tensor:
+        x = ids[None, :, None].float()
+        return torch.cat([x, x * 2, x * 3], -1).transpose(1, 2).add(1)
+
+    ids = torch.tensor([3, 1, 4, 1, 5])
+    trace = capture(angles, torch.zeros(9, dtype=torch.int64))
+    name = next(i.name for i in trace.inputs if "size()" not in i.name)
+    found = exported(trace, token_inputs(ids, name), remove_noop_ops)
+    return (found - angles(ids)).abs().max().item()  # type: ignore[no-any-return]
 
 
 class _Recorded(Exception):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cousins import config_of
-from models import TINY_INDEXER, build, tiny_config
+from models import CACHES_LATENTS, TINY_INDEXER, build, tiny_config
 
 import cpcompile.backend
 from cpcompile.compiled import Compiled
@@ -88,8 +88,10 @@ def test_is_recognised_behind_a_cache(
             got = compiled(input_ids=ids, past_key_values=got.past_key_values, use_cache=True)
             expected = model(input_ids=ids, past_key_values=kept, use_cache=True)
         assert error(got.logits, expected.logits) < TOLERANCE
-    assert made and all(runs(outcome) == OURS for outcome in made)
-    assert "runs dense" not in caplog.text
+    assert runs(made[0]) == OURS and len(made) > 1
+    assert all((runs(outcome) == OURS) == CACHES_LATENTS for outcome in made[1:])
+    assert ("its cache holds each head's keys and not latents" in caplog.text) != CACHES_LATENTS
+    assert ("runs dense" in caplog.text) != CACHES_LATENTS
 
 
 def test_deterministic_leaves_it_dense(made: list[Compiled]) -> None:

@@ -94,7 +94,8 @@ def test_masks_where_no_expert_is_elsewhere_keep_their_numbers() -> None:
     """What transformers 5.17 does to every model; the one that is installed need not."""
     trace = traced_whole("v3")
     gm = fresh(trace)
-    mask_slots(gm, 8)
+    if not gm.graph.find_nodes(op="call_function", target=aten.masked_fill.Scalar):
+        mask_slots(gm, 8)
     result = RecogniseRoutedExperts()(gm)
     assert (result.rewrites, result.refusals) == (1, [])
     assert only(gm, OP).args[5:] in ((), (None,))

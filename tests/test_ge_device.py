@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.fx as fx
 from ascend_process import AscendProcess
-from ge_devices import captured, configured, on_device, transposed
+from ge_devices import captured, configured, on_device, transposed, turned
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cpcompile.errors import AscendError
@@ -63,3 +63,9 @@ def test_what_needs_no_host_is_captured(ascend: AscendProcess) -> None:
 def test_a_transposition_before_a_reshape_is_kept(ascend: AscendProcess, remove_noop_ops: bool) -> None:
     """Torchair's default removes the copy between them, and then loses the transposition."""
     assert ascend(transposed, remove_noop_ops) == 0
+
+
+@pytest.mark.parametrize("remove_noop_ops", [False, True])
+def test_a_transposition_with_a_dim_of_1_has_sizes_of_one_type(ascend: AscendProcess, remove_noop_ops: bool) -> None:
+    """Torchair packs int64 constants with an int32 size where no view before it names the size."""
+    assert ascend(turned, remove_noop_ops) == 0

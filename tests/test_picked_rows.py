@@ -175,6 +175,7 @@ FORMS: dict[str, Pick] = {
     "from the front": lambda h, rows: h[:3],
     "one of them": lambda h, rows: h[-2],
     "select from the front": lambda h, rows: h.select(0, 2),
+    "a constant row": lambda h, rows: h[torch.tensor([2])],  # no guard says that there are three
     "symbolic start": lambda h, rows: h[h.shape[0] - 2 :],
     "as many as requests": lambda h, rows: h[-rows.shape[0] :],
     "named": lambda h, rows: h[rows],

@@ -183,6 +183,8 @@ def gate_last(gm: fx.GraphModule) -> None:
 def one_expert_more(gm: fx.GraphModule) -> None:
     histc = only(gm, aten.histc.default)
     histc.args = (histc.args[0], histc.args[1] + 1, 0, histc.args[1])  # type: ignore[operator]
+    for mask in gm.graph.find_nodes(op="call_function", target=aten.ge.Scalar):  # transformers 5.17
+        mask.args = (mask.args[0], histc.args[1])
 
 
 def counts_from_one(gm: fx.GraphModule) -> None:

@@ -168,8 +168,11 @@ def swap_args(node: fx.Node) -> None:
 
 
 def attention_bmm(gm: fx.GraphModule, number: int) -> fx.Node:
-    """The products: 0 indexer scores, 1 weighted sum, 2 attention scores, 3 probabilities times values."""
-    return the(gm, aten.bmm.default, number)
+    """The last products: 0 indexer scores, 1 weighted sum, 2 attention scores, 3 probabilities times values.
+
+    Before them transformers 5.17 has one more, of positions and frequencies.
+    """
+    return gm.graph.find_nodes(op="call_function", target=aten.bmm.default)[-4:][number]
 
 
 def other_values(gm: fx.GraphModule) -> None:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from cpcompile.errors import AscendError
 from cpcompile.lowering.ascend.converters import register_missing
 from cpcompile.lowering.ascend.installation import find, import_torchair
-from cpcompile.lowering.ascend.transpositions import copy_before_reshapes
+from cpcompile.lowering.ascend.transpositions import prepare_transpositions
 from cpcompile.lowering.used_inputs import used_inputs
 from cpcompile.passes.describe import module_of
 
@@ -73,7 +73,7 @@ def convert(gm: fx.GraphModule, config: Any = None) -> Converted:
     values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
     moved, used = used_inputs(gm, values)
     to_device(moved, _OFF_HOST)
-    copy_before_reshapes(moved)
+    prepare_transpositions(moved)
     inputs = [_input(values[index]) for index in used]
     result = Converted(used=used)
     with contextlib.ExitStack() as stack:

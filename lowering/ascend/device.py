@@ -13,7 +13,7 @@ from cpcompile.lowering.ascend.conversion import Unsupported, collecting, ge_con
 from cpcompile.lowering.ascend.converters import register_missing
 from cpcompile.lowering.ascend.forms import to_ascend
 from cpcompile.lowering.ascend.installation import import_torchair
-from cpcompile.lowering.ascend.transpositions import copy_before_reshapes
+from cpcompile.lowering.ascend.transpositions import prepare_transpositions
 from cpcompile.lowering.targets import BoxedCallable, Settings
 from cpcompile.lowering.used_inputs import used_inputs
 from cpcompile.passes.describe import module_of
@@ -94,7 +94,7 @@ def _compile(
     inner, used = used_inputs(gm, example_inputs)
     for _ in to_ascend(inner, settings):
         pass
-    copy_before_reshapes(inner)
+    prepare_transpositions(inner)
     compiled = torchair.get_compiler(config)(inner, [example_inputs[i] for i in used])
 
     def boxed(args: list[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Reshapes that copy, in a form in which torchair keeps the transposition before them."""
+"""Transpositions and the reshapes after them, in a form that torchair converts rightly."""
 
 from __future__ import annotations
 
@@ -10,8 +10,36 @@ from cpcompile.passes.shard_ops import is_row_major
 
 aten = torch.ops.aten
 
+_PERMUTATIONS = (aten.transpose.int, aten.permute.default, aten.t.default)
+_VIEWS = (*_PERMUTATIONS, aten.view.default, aten.reshape.default)  # what torchair converts as one chain
 
-def copy_before_reshapes(gm: fx.GraphModule) -> None:
+
+def prepare_transpositions(gm: fx.GraphModule) -> None:
+    """Rewrite ``gm`` in place, its numbers as they were."""
+    _view_before_permutations(gm)
+    _copy_before_reshapes(gm)
+    gm.recompile()
+
+
+def _view_before_permutations(gm: fx.GraphModule) -> None:
+    """View what is permuted with a dim more, and back, where sizes are symbolic and one is 1.
+
+    Torchair leaves dims of 1 out of the permutation, by a reshape to sizes that it looks up in the views before. Where
+    there are none, it packs its int64 constants with an int32 size. One view to the same shape would be taken out.
+    """
+    for target in _PERMUTATIONS:
+        for node in gm.graph.find_nodes(op="call_function", target=target):
+            value = node.args[0]
+            sizes = list(value.meta["val"].shape)
+            named = [isinstance(size, torch.SymInt) for size in sizes]
+            if value.target in _VIEWS or not any(named) or all(n or s != 1 for n, s in zip(named, sizes, strict=True)):
+                continue
+            shape = [emit(node, aten.sym_size.int, value, d) if named[d] else size for d, size in enumerate(sizes)]
+            wider = emit(node, aten.view.default, value, [1, *shape])
+            node.args = (emit(node, aten.view.default, wider, shape), *node.args[1:])
+
+
+def _copy_before_reshapes(gm: fx.GraphModule) -> None:
     """Copy what is not row-major ahead of every ``aten::reshape`` of it, in place.
 
     Torchair takes a chain of views for one view of its first value, and asks the last value's strides which. A reshape
@@ -23,4 +51,3 @@ def copy_before_reshapes(gm: fx.GraphModule) -> None:
         if not is_row_major(value.meta["val"]):
             copy = emit(node, aten.clone.default, value, memory_format=torch.contiguous_format)
             node.args = (copy, *node.args[1:])
-    gm.recompile()

@@ -14,6 +14,7 @@ import sympy
 import torch
 import torch.fx as fx
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -115,7 +116,8 @@ def record(program: Callable[..., Any], inputs: Sequence[Input], sizes: Mapping[
     for name, value in values.items():
         recorder.note(recorder.graph.placeholder(name), value)
     run = torch.func.functionalize(program)  # type: ignore[attr-defined]
-    with torch.no_grad(), mode, recorder:
+    # As AOTAutograd traces: C++ kernels that take an op apart cannot ask for symbolic sizes before torch 2.12.
+    with torch.no_grad(), enable_python_dispatcher(), mode, recorder:
         outputs = run(recorder, values)
         recorder.graph.output(tuple(recorder.argument(v) for v in outputs))
     return fx.GraphModule({}, recorder.graph)

@@ -197,8 +197,8 @@ def own_int(m: Maker) -> None:
 
 def own_rows(m: Maker) -> None:
     rows = m.inputs["own_rows"]
-    if m.last.dims == "HT":
-        rows = rows.t()
+    if m.last.dims != m.values[0].dims:  # turned since
+        rows = rows.transpose(0, 1)
     m.push(m.last.tensor + torch.sin(rows))
 
 

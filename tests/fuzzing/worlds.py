@@ -138,6 +138,8 @@ def own_worlds() -> Iterator[None]:
     """Each thread has process groups of its own."""
     before = c10d._world
     torch._C._distributed_c10d._set_thread_isolation_mode(True)  # type: ignore[attr-defined]
+    if not hasattr(ThreadLocalWorld, "comms"):  # before torch 2.12 it lacks what destroying a group asks for
+        ThreadLocalWorld.comms = []
     c10d._world = ThreadLocalWorld()  # type: ignore[no-untyped-call]
     try:
         yield

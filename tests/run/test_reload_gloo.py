@@ -190,7 +190,8 @@ def not_saved(ranks: Ranks) -> None:
     ranks.is_right(compiled)
     with pytest.raises(Exception, match="not saved: axis tp is left alone: strategy='off'; the next start tries again"):
         compiled.save_compiled_function(str(ranks.file("unsaved")))
-    assert not ranks.file("unsaved").exists()
+    unsaved = ranks.file("unsaved")
+    assert not unsaved.exists() or not unsaved.stat().st_size  # torch 2.11 opens it first
 
 
 def absent_rank(ranks: Ranks) -> None:
