@@ -155,11 +155,11 @@ def transposed(remove_noop_ops: bool) -> float:
 
 
 def turned(remove_noop_ops: bool) -> float:
-    """How far a transposition with a dim of 1, behind what is no view, is from what it should be at 5 tokens."""
+    """How far a transposition with a dim of 1, behind a view that is taken out, is from what it should be."""
 
     def angles(ids: torch.Tensor) -> torch.Tensor:
         x = ids[None, :, None].float()
-        return torch.cat([x, x * 2, x * 3], -1).transpose(1, 2).add(1)
+        return torch.cat([x, x * 2, x * 3], -1).view(1, -1, 3).transpose(1, 2).add(1)
 
     ids = torch.tensor([3, 1, 4, 1, 5])
     trace = capture(angles, torch.zeros(9, dtype=torch.int64))

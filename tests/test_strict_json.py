@@ -9,7 +9,7 @@ from cpcompile.strict_json import MOST_DEPTH, read_json
 
 @pytest.mark.parametrize(
     "value",
-    [{"a": [1, "[[[", {"b": "}\\\""}]}, "[" * 99, {"[" * 99: "\\"}, [[[]] * 3] * 99, "é\n"],
+    [{"a": [1, "[[[", {"b": '}\\"'}]}, "[" * 99, {"[" * 99: "\\"}, [[[]] * 3] * 99, "é\n"],
 )
 def test_brackets_in_strings_are_no_depth(value):
     assert read_json(json.dumps(value)) == value

@@ -25,14 +25,15 @@ def _view_before_permutations(gm: fx.GraphModule) -> None:
     """View what is permuted with a dim more, and back, where sizes are symbolic and one is 1.
 
     Torchair leaves dims of 1 out of the permutation, by a reshape to sizes that it looks up in the views before. Where
-    there are none, it packs its int64 constants with an int32 size. One view to the same shape would be taken out.
+    there are none, it packs its int64 constants with an int32 size. A view to the same shape is taken out before that.
     """
     for target in _PERMUTATIONS:
         for node in gm.graph.find_nodes(op="call_function", target=target):
             value = node.args[0]
             sizes = list(value.meta["val"].shape)
             named = [isinstance(size, torch.SymInt) for size in sizes]
-            if value.target in _VIEWS or not any(named) or all(n or s != 1 for n, s in zip(named, sizes, strict=True)):
+            told = value.target in _VIEWS and list(value.args[0].meta["val"].shape) != sizes
+            if told or not any(named) or all(n or s != 1 for n, s in zip(named, sizes, strict=True)):
                 continue
             shape = [emit(node, aten.sym_size.int, value, d) if named[d] else size for d, size in enumerate(sizes)]
             wider = emit(node, aten.view.default, value, [1, *shape])
