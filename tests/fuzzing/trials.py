@@ -13,6 +13,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from cpcompile.compiled import Compiled
+from cpcompile.errors import AxisError
 from cpcompile.graph_inputs import GraphInput
 from cpcompile.options import Options
 from cpcompile.pipeline import compile_graph, copy_graph
@@ -21,6 +22,7 @@ from fuzzing.programs import VOCAB, Sample
 from fuzzing.recorder import Input
 from fuzzing.worlds import AXIS, on_every_rank
 
+SUM = torch.ops._c10d_functional.all_reduce.default
 SHARED = ("ids", "table", "shared_0", "shared_1", "gain", "order")
 KINDS = {"ids": "input", "order": "input", "own_rows": "input", "own_int": "other"}
 
@@ -153,6 +155,8 @@ def attempt(sample: Sample, **options: Any) -> Trial:
     raised = [c for c in compiled if isinstance(c, BaseException)]
     if raised:
         first = next((c for c in raised if type(c).__name__ != "RankLeft"), raised[0])
+        if isinstance(first, AxisError) and not _reduces_over_axis(sample):
+            return Trial(sample, "left alone", "the axis is given and nothing is reduced over it")
         return Trial(sample, "raised", "".join(traceback.format_exception(first)))
     told = compare(sample, lambda tokens: [c.at(tokens_of(sample, tokens, c)).gm for c in compiled])
     if told:
@@ -166,6 +170,13 @@ def attempt(sample: Sample, **options: Any) -> Trial:
     return Trial(
         sample, "raised" if crashed else "left alone", (crashed or [*compiled[0].refused.values(), ""])[0], compiled
     )
+
+
+def _reduces_over_axis(sample: Sample) -> bool:
+    """Whether some rank has an all-reduce over the ranks of the axis."""
+    ranks = sample.world.groups[AXIS]
+    over = {name for name, blocks in sample.world.groups.items() if set(blocks) & set(ranks)}
+    return any(n.args[2] in over for gm in sample.graphs for n in gm.graph.find_nodes(op="call_function", target=SUM))
 
 
 def changed(compiled: Compiled) -> bool:
