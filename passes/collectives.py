@@ -152,7 +152,7 @@ def emit(like: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -
         node = graph.call_function(target, args, kwargs)
     node.meta.update({key: like.meta[key] for key in _KEPT_META if key in like.meta})
     if all("val" in n.meta for n in node.all_input_nodes):
-        node.meta["val"] = _fake_value(node, like)
+        node.meta["val"] = fake_value(node, like)
     return node
 
 
@@ -183,7 +183,8 @@ def erase(*nodes: fx.Node, collectives: bool = False) -> None:
         node.graph.erase_node(node)
 
 
-def _fake_value(node: fx.Node, like: fx.Node) -> Any:
+def fake_value(node: fx.Node, like: fx.Node) -> Any:
+    """What ``node`` gives on its operands' fake values; ``like`` is a node of its graph, for what has no operands."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     # A factory's operands are sizes: its tensor is as fake as the one it is made next to.
     fakes = (leaf for n in [*node.all_input_nodes, like] for leaf in tree_leaves(n.meta.get("val")))

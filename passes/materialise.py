@@ -16,12 +16,12 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from cpcompile.errors import PlanError
-from cpcompile.passes.collectives import is_contiguous, op_name
+from cpcompile.passes.collectives import fake_value, is_contiguous, op_name
 from cpcompile.passes.op_call import UNUSED, RowWise
 from cpcompile.passes.picked_rows import Picks, emit_picked
 from cpcompile.passes.placement_problem import PlacementGraph, rows_source, takes_rows
-from cpcompile.passes.shard_ops import ShardEmitter, is_row_major
-from cpcompile.passes.token_layout import TokenDim, product
+from cpcompile.passes.shard_ops import ShardEmitter, in_row_major
+from cpcompile.passes.token_layout import TokenDim, product, shape_of, size_expr
 from cpcompile.plan import Interval
 
 GATHERING = ("gather", "scatter+gather")
@@ -206,14 +206,14 @@ class _Builder:
     def _gathered_rows(self, source: fx.Node) -> fx.Node:
         """What an all-gather of the graph gathers, as the shard that it is."""
         rows, value = self.get(source, "R", None), source.meta["val"]
-        return rows if is_row_major(value) else self.emitter.contiguous(rows, value, self.known.shapes[source][0])
+        return rows if in_row_major(rows, value) else self.emitter.contiguous(rows, value, self.known.shapes[source][0])
 
     def _partial_input(self, wait: fx.Node) -> fx.Node:
         source = self.known.all_reduces[wait].input
         raw = self.get(source, "R", None)
         value = source.meta["val"]
         row_major = self.emitter.fake(self.known.shapes[source][0], value)
-        if row_major is not None and row_major.stride() != value.stride():
+        if row_major is not None and row_major.stride() != raw.meta["val"].stride():
             raw = self.emitter.contiguous(raw, value, self.known.shapes[source][0])
         return raw
 
@@ -229,7 +229,7 @@ class _Builder:
         if label != "S":
             copy = self.new.node_copy(node, lambda n: operands[n])
             copy.meta = dict(node.meta)
-            return self._reshaping(copy)
+            return self._restrided(copy)
         assert isinstance(outcome, RowWise)
         layout = self._layout(node)
         local = self.emitter.size(layout.size(self.emitter.local))
@@ -239,13 +239,29 @@ class _Builder:
             sizes = list(copy.args[outcome.size_arg])  # type: ignore[arg-type]
             sizes[layout.dim] = local
             copy.update_arg(outcome.size_arg, sizes)
-        return self._reshaping(copy)
+        return self._restrided(copy)
 
-    def _reshaping(self, copy: fx.Node) -> fx.Node:
+    def _restrided(self, copy: fx.Node) -> fx.Node:
         """What was moved is row-major and may not allow a view that its other strides did, nor what is made of it."""
-        if self.restrided and copy.target is torch.ops.aten.view.default:
+        if not self.restrided:
+            return copy
+        if copy.target is torch.ops.aten.view.default:
             copy.target = torch.ops.aten.reshape.default
+        value = copy.meta.get("val")
+        if _has_effects(copy) or value is None or any("val" not in n.meta for n in copy.all_input_nodes):
+            return copy
+        found = fake_value(copy, copy)
+        if isinstance(value, torch.Tensor):
+            copy.meta["val"] = self._with_strides(value, found)
+        elif isinstance(value, (list, tuple)):
+            copy.meta["val"] = type(value)(map(self._with_strides, value, found))
         return copy
+
+    def _with_strides(self, value: Any, found: Any) -> Any:
+        """A fake tensor of the shape of ``value`` and the strides of ``found``; what is no tensor as it is."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        return self.emitter.fake(shape_of(value), value, [size_expr(stride) for stride in found.stride()])
 
     def _local_val(self, node: fx.Node) -> Any:
         value = node.meta["val"]

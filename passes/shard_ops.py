@@ -73,7 +73,7 @@ class ShardEmitter(GraphEmitter):
     def _middle_rows(self, node: fx.Node, like: torch.Tensor, shape: Shape, layout: TokenDim) -> fx.Node:
         """``node`` as ``[pre, T, post]``."""
         pre, post = self._rows(shape, layout)
-        if not is_row_major(like):
+        if not in_row_major(node, like):
             node = self.contiguous(node, like, shape)
         return self.reshape(node, like, shape, (pre, self.tokens, post))
 
@@ -133,7 +133,7 @@ class ShardEmitter(GraphEmitter):
         rows, widths = [], []
         for node, whole, shape, layout in parts:
             post = self._rows(shape, layout)[1]
-            if not is_row_major(whole):
+            if not in_row_major(node, whole):
                 node = self.contiguous(node, whole, local_shape(shape, layout, self.local))
             rows.append(self.reshape(node, whole, local_shape(shape, layout, self.local), (pre, self.local, post)))
             widths.append(post)
@@ -195,6 +195,12 @@ class ShardEmitter(GraphEmitter):
 def local_shape(shape: Shape, layout: TokenDim, local: Expr) -> Shape:
     """``shape`` with ``local`` tokens in the token dim."""
     return (*shape[: layout.dim], layout.size(local), *shape[layout.dim + 1 :])
+
+
+def in_row_major(node: fx.Node, like: torch.Tensor) -> bool:
+    """Whether ``node`` of the new graph is row-major, which ``like`` need not be: what was moved before it is."""
+    value = node.meta.get("val")
+    return is_row_major(value if isinstance(value, torch.Tensor) else like)
 
 
 def is_row_major(value: torch.Tensor) -> bool:

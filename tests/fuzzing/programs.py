@@ -127,8 +127,8 @@ class Maker:
         return MARK + len(self.constants) - 1
 
     def all_reduce(self, x: Tensor, reduce_op: str = "sum", group: str = AXIS) -> Tensor:
-        """The waited all-reduce."""
-        return C10D.wait_tensor(C10D.all_reduce(x, reduce_op, group))  # type: ignore[no-any-return]
+        """The waited all-reduce. PyTorch's fake kernel keeps strides, its real one gives row-major memory."""
+        return C10D.wait_tensor(C10D.all_reduce(x.contiguous(), reduce_op, group))  # type: ignore[no-any-return]
 
 
 Step = Callable[[Maker], None]

@@ -34,7 +34,7 @@ class Trial:
     Args:
         sample: the module.
         outcome: ``"rewritten"``, ``"left alone"``, ``"refused rightly"``, ``"refused falsely"``, or a fault:
-            ``"wrong numbers"``, ``"raised"``.
+            ``"wrong numbers"``, ``"raised"``. ``"does not run"`` is the module's own fault.
         detail: one line, or a traceback.
         compiled: every rank's outcome.
     """
@@ -151,6 +151,13 @@ def tokens_of(sample: Sample, tokens: int, compiled: Compiled) -> int:
 
 def attempt(sample: Sample, **options: Any) -> Trial:
     """Put ``sample`` through the pipeline."""
+    try:
+        return _attempt(sample, **options)
+    except Stuck as stuck:
+        return Trial(sample, "does not run", str(stuck))
+
+
+def _attempt(sample: Sample, **options: Any) -> Trial:
     compiled = compile_sample(sample, **options)
     raised = [c for c in compiled if isinstance(c, BaseException)]
     if raised:
