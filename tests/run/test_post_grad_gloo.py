@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 import torch.fx as fx
 import torch.multiprocessing as mp
-from packaging.version import Version
 from placed import Layer
 from torch import Tensor
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import init_device_mesh
+from versions import needs_torch
 
 from cpcompile.capture import capture
 from cpcompile.pipeline import copy_graph
@@ -144,6 +144,6 @@ def everything(group: Any, rank: int) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.13"), reason="pieces are vLLM's, which needs torch 2.13")
+@needs_torch("2.13", "pieces are vLLM's, which needs 2.13")
 def test_pieces_on_two_ranks(tmp_path: Any) -> None:
     mp.spawn(on_rank, (str(tmp_path / "store"), everything), nprocs=WORLD)
