@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._inductor import config as inductor
 from torch.distributed import distributed_c10d
 
 # In a collective of any group: the half an hour that PyTorch waits would outlast a whole run of the tests.
@@ -20,13 +21,19 @@ WAIT_FOR_OTHERS = timedelta(minutes=5)
 
 
 @contextmanager
-def joined(rank: int, world: int, folder: str) -> Iterator[None]:
-    """This process as one of ``world`` ranks that meet in ``folder``; code that was compiled before is not taken."""
+def joined(rank: int, world: int, folder: str, *, caches: bool = False) -> Iterator[None]:
+    """This process as one of ``world`` ranks that meet in ``folder``; graphs that were compiled before are not taken.
+
+    Kernels of the same source are, and inductor's headers are built once, but where the rank has ``caches`` of its own.
+    """
     torch.set_num_threads(1)
     # Where another rank failed, this one is terminated: what it did then shows why. Not at a time: reading the frames
     # of a rank that runs can crash it.
     faulthandler.register(signal.SIGTERM, chain=True)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor_{rank}"
+    if caches:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor_{rank}"
+    else:
+        inductor.force_disable_caches = True
     distributed_c10d.default_pg_timeout = WAIT_FOR_OTHERS  # new groups do not take it from the first one
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     yield

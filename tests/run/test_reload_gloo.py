@@ -213,7 +213,7 @@ SCENARIOS: list[Callable[[Ranks], None]] = [
 
 
 def run_rank(rank: int, folder: str) -> None:
-    with joined(rank, WORLD, folder):
+    with joined(rank, WORLD, folder, caches=True):
         in_turn(SCENARIOS, Ranks(Path(folder)))
 
 
