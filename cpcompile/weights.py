@@ -41,6 +41,7 @@ class _Entry:
     kept: str = ""
 
 
+_RELEASED = (0, -1)  # of no tensor: the next contents may lie where these did, on some ranks and not on others
 _entries: MutableMapping[torch.Tensor, _Entry] = WeakTensorKeyDictionary()
 
 
@@ -118,7 +119,8 @@ def release(tensor: torch.Tensor, fingerprint: Callable[[torch.Tensor], str]) ->
         keep(tensor, "it is a view of memory that holds more")
     if is_released(tensor) or tensor.numel() == 0 or why_kept(tensor):
         return 0
-    _entry(tensor).fingerprint = fingerprint(tensor)
+    entry = _entry(tensor)
+    entry.fingerprint, entry.version = fingerprint(tensor), _RELEASED
     storage.resize_(0)
     torch._C._set_throw_on_mutable_data_ptr(tensor)
     return size
