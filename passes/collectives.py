@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
@@ -193,5 +194,7 @@ def fake_value(node: fx.Node, like: fx.Node) -> Any:
     if mode is None:
         return node.target(*args, **kwargs)
     # A layout question about symbolic sizes must not narrow what the graph is compiled for.
-    with mode, mode.shape_env.suppress_guards() if mode.shape_env else contextlib.nullcontext():
+    # As AOTAutograd traces: without its dispatcher, ops that are made of others may ask for sizes as numbers.
+    quiet = mode.shape_env.suppress_guards() if mode.shape_env else contextlib.nullcontext()
+    with mode, quiet, enable_python_dispatcher():
         return node.target(*args, **kwargs)
