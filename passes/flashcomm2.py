@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
 import torch
@@ -22,7 +21,7 @@ import torch.fx as fx
 from torch.utils._sympy.functions import FloorDiv
 
 from cpcompile.passes.base import Refusal
-from cpcompile.passes.collectives import NATIVE, arguments, is_contiguous, op_name
+from cpcompile.passes.collectives import NATIVE, arguments, fake_value, is_contiguous, op_name
 from cpcompile.passes.flash_sites import FlashGroups, Site, find_sites
 from cpcompile.passes.graph_emitter import GraphEmitter
 from cpcompile.passes.materialise import fake_mode_of
@@ -79,8 +78,7 @@ class _Builder:
     ) -> None:
         self.gm, self.groups, self.new = gm, groups, fx.Graph()
         self.tp, self.otp, self.odp = (sympy.Integer(a.size) for a in (groups.tp, groups.otp, groups.odp))
-        self.mode = fake_mode_of(gm)
-        self.emitter = GraphEmitter(self.new, self.mode, hints)
+        self.emitter = GraphEmitter(self.new, fake_mode_of(gm), hints)
         self.env: dict[fx.Node, fx.Node] = {}
         self.starts = {site.start: site for site in sites}
         self.gone = {n for s in sites for n in (s.p.node, *s.moves, s.wait)}
@@ -114,16 +112,10 @@ class _Builder:
             shape = tuple(s * self.odp if d == dim else s for d, s in enumerate(shape_of(value)))
             copy.meta["val"] = self.emitter.fake(shape, value)
         elif node in self.wider:
-            copy.meta["val"] = self._fake_value(copy)
+            copy.meta["val"] = fake_value(copy, copy)
         if node.op == "placeholder":
             self.emitter.bind(copy)
         self.env[node] = copy
-
-    def _fake_value(self, node: fx.Node) -> Any:
-        assert self.mode is not None and callable(node.target)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self.mode:
-            return node.target(*args, **kwargs)  # sizes of weights are static: no guard comes of it
 
     def _rewritten(self, site: Site) -> fx.Node:
         """This rank's chunk of the summed rows, or all rows, in the place of the wait of ``site``."""

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.fx as fx
 
 from cpcompile.axes import Axis
 from cpcompile.passes.base import Refusal
-from cpcompile.passes.collectives import NATIVE, op_name
+from cpcompile.passes.collectives import NATIVE, fake_value, op_name
 from cpcompile.passes.graph_emitter import GraphEmitter
 from cpcompile.passes.materialise import fake_mode_of
 from cpcompile.passes.module_roles import VIEWS
@@ -141,8 +140,7 @@ class _Builder:
 
     def __init__(self, gm: fx.GraphModule, layers: Sequence[_Layer], axis: Axis) -> None:
         self.gm, self.layers, self.axis, self.new = gm, layers, axis, fx.Graph()
-        self.mode = fake_mode_of(gm)
-        self.emitter = GraphEmitter(self.new, self.mode, {})
+        self.emitter = GraphEmitter(self.new, fake_mode_of(gm), {})
         self.env: dict[fx.Node, fx.Node] = {}
         self.layer_of = {p: layer for layer in layers for p in layer.products}
         self.spread = {n: layer.owner for layer in layers for n in layer.inputs}
@@ -219,15 +217,9 @@ class _Builder:
         self._start(index + 1)
         for node in layer.chain:
             copy = self.new.node_copy(node, self.env.__getitem__)
-            copy.meta = {**node.meta, "val": self._fake_value(copy)}
+            copy.meta = {**node.meta, "val": fake_value(copy, copy)}
             self.env[node] = copy
 
     def _describe(self, layer: _Layer) -> None:
         meta = layer.products[0].meta
         self.emitter.meta = {k: meta[k] for k in ("nn_module_stack", "stack_trace") if k in meta}
-
-    def _fake_value(self, node: fx.Node) -> Any:
-        assert self.mode is not None and callable(node.target)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self.mode:
-            return node.target(*args, **kwargs)  # sizes of weights are static: no guard comes of it

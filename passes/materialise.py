@@ -250,10 +250,7 @@ class _Builder:
         value = copy.meta.get("val")
         if _has_effects(copy) or value is None or any("val" not in n.meta for n in copy.all_input_nodes):
             return copy
-        try:
-            found = fake_value(copy, copy)
-        except RuntimeError:  # a fake kernel that takes no symbolic sizes: the strides of the trace are the best guess
-            return copy
+        found = fake_value(copy, copy)
         if isinstance(value, torch.Tensor):
             copy.meta["val"] = self._with_strides(value, found)
         elif isinstance(value, (list, tuple)):

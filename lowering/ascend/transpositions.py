@@ -31,11 +31,15 @@ def _view_before_permutations(gm: fx.GraphModule) -> None:
         for node in gm.graph.find_nodes(op="call_function", target=target):
             value = node.args[0]
             sizes = list(value.meta["val"].shape)
-            named = [isinstance(size, torch.SymInt) for size in sizes]
+            symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
+            dim_of_1 = any(isinstance(size, int) and size == 1 for size in sizes)
             told = value.target in _VIEWS and list(value.args[0].meta["val"].shape) != sizes
-            if told or not any(named) or all(n or s != 1 for n, s in zip(named, sizes, strict=True)):
+            if told or not (symbolic and dim_of_1):
                 continue
-            shape = [emit(node, aten.sym_size.int, value, d) if named[d] else size for d, size in enumerate(sizes)]
+            shape = [
+                emit(node, aten.sym_size.int, value, dim) if isinstance(size, torch.SymInt) else size
+                for dim, size in enumerate(sizes)
+            ]
             wider = emit(node, aten.view.default, value, [1, *shape])
             node.args = (emit(node, aten.view.default, wider, shape), *node.args[1:])
 

@@ -22,7 +22,7 @@ from fuzzing.programs import VOCAB, Sample
 from fuzzing.recorder import Input
 from fuzzing.worlds import AXIS, on_every_rank
 
-SUM = torch.ops._c10d_functional.all_reduce.default
+ALL_REDUCE = torch.ops._c10d_functional.all_reduce.default
 SHARED = ("ids", "table", "shared_0", "shared_1", "gain", "order")
 KINDS = {"ids": "input", "order": "input", "own_rows": "input", "own_int": "other"}
 
@@ -183,7 +183,9 @@ def _reduces_over_axis(sample: Sample) -> bool:
     """Whether some rank has an all-reduce over the ranks of the axis."""
     ranks = sample.world.groups[AXIS]
     over = {name for name, blocks in sample.world.groups.items() if set(blocks) & set(ranks)}
-    return any(n.args[2] in over for gm in sample.graphs for n in gm.graph.find_nodes(op="call_function", target=SUM))
+    return any(
+        n.args[2] in over for gm in sample.graphs for n in gm.graph.find_nodes(op="call_function", target=ALL_REDUCE)
+    )
 
 
 def changed(compiled: Compiled) -> bool:
