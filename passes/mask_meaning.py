@@ -12,8 +12,9 @@ import torch.fx as fx
 
 from cpcompile.passes.token_layout import ONE, Expr, Shape
 
-# A masked score is at most this: less than any real score in float32 and bfloat16, whatever is added to it.
-HIDDEN = torch.finfo(torch.bfloat16).min
+# What is added to a masked score is at most this: PyTorch's own number for cuDNN's kernel, and the least of float16. By
+# how much it is under the scores of the keys that are seen, its share of the softmax is 0 in every dtype.
+HIDDEN = torch.finfo(torch.float16).min
 
 Order: TypeAlias = Sequence["int | None"]
 

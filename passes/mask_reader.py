@@ -260,10 +260,11 @@ def topk_of(index: object) -> fx.Node | None:
 
 
 def _where(reader: MaskReader, node: fx.Node) -> Meaning:
-    mask, zero, hidden = (reader.operand(value, _ndim(node)) for value in bound(node))
-    if not isinstance(mask, Shown) or mask.negated or mask.additive or not _is_hidden(hidden) or not _is_zero(zero):
+    mask, true, false = (reader.operand(value, _ndim(node)) for value in bound(node))
+    if not isinstance(mask, Shown) or mask.additive:
         return None
-    return replace(mask, additive=True)
+    zero, hidden = (false, true) if mask.negated else (true, false)  # CUDA's kernels are given the second
+    return replace(mask, negated=False, additive=True) if _is_zero(zero) and _is_hidden(hidden) else None
 
 
 def _masked_fill(reader: MaskReader, node: fx.Node) -> Meaning:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
 from typing import Any
 
+import cuda_attention
 import models
 import pytest
 import torch
@@ -37,8 +39,11 @@ def traced(batch: int, attention: str, layers: int, dtype: torch.dtype = torch.f
     if attention == FUSED:
         changes["v_head_dim"] = models.TINY["qk_nope_head_dim"] + models.TINY["qk_rope_head_dim"]
     model = models.build(models.tiny_config("v32", layers=layers, **changes), dtype)
-    model.set_attn_implementation("sdpa" if attention == FUSED else attention)
-    trace = capture(model, input_ids=torch.zeros((batch, 10), dtype=torch.long), use_cache=False)
+    cuda = attention if attention in cuda_attention.HIDDEN else None
+    model.set_attn_implementation("sdpa" if cuda or attention == FUSED else attention)
+    with cuda_attention.on_cuda(cuda) if cuda else contextlib.nullcontext():
+        trace = capture(model, input_ids=torch.zeros((batch, 10), dtype=torch.long), use_cache=False)
+    assert cuda_attention.kernels_in(trace.gm) == ({cuda} if cuda else set())
     Canonicalise()(trace.gm)
     return model, trace
 
@@ -64,7 +69,7 @@ def text(gm: fx.GraphModule) -> str:
     return str(gm.print_readable(print_output=False)).partition("\n")[2]
 
 
-KINDS = [(1, "sdpa", 2), (2, "eager", 1), (2, "sdpa", 1), (2, FUSED, 1)]
+KINDS = [(1, "sdpa", 2), (2, "eager", 1), (2, "sdpa", 1), (2, FUSED, 1), (1, "cudnn", 1), (2, "efficient", 1)]
 
 
 def test_values_as_wide_as_queries_leave_the_fused_op_in_the_graph() -> None:

@@ -1,0 +1,58 @@
+"""``scaled_dot_product_attention`` as PyTorch's dispatch spells it in a graph on CUDA, which a processor's never shows.
+
+From aten/src/ATen/native/transformers/attention.cpp of PyTorch 2.11 and 2.13: a mask of booleans becomes what is added
+to the scores (of cuDNN's kernel with a finite number for what is hidden), and the memory-efficient kernel's is padded
+and cut, so that its rows are aligned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+aten = torch.ops.aten
+HIDDEN = {"cudnn": -65504.0, "efficient": float("-inf")}
+
+
+@contextmanager
+def on_cuda(kernel: str) -> Iterator[None]:
+    """Traces made in here have the op of ``kernel``: "cudnn" or "efficient"."""
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            zero = torch.scalar_tensor(0.0, dtype=query.dtype)
+            attn_mask = torch.where(attn_mask.logical_not(), HIDDEN[kernel], zero)
+        if kernel == "cudnn":
+            return aten._scaled_dot_product_cudnn_attention(
+                query, key, value, attn_mask, False, dropout_p, is_causal, False, scale=scale
+            )[0]
+        if attn_mask is not None:
+            keys = attn_mask.shape[-1]
+            attn_mask = nn.functional.pad(attn_mask, (0, 16 - keys % 16))[..., :keys]
+            attn_mask = attn_mask.expand(*query.shape[:2], query.shape[2], keys)
+        return aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, False, dropout_p, is_causal, scale=scale
+        )[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "scaled_dot_product_attention", attention)
+        yield
+
+
+def kernels_in(gm: Any) -> set[str]:
+    """Which of the kernels a graph calls."""
+    ops = {f"_scaled_dot_product_{kernel}_attention": kernel for kernel in HIDDEN}
+    return {ops[n.target._opname] for n in gm.graph.nodes if getattr(n.target, "_opname", "") in ops}
