@@ -65,7 +65,8 @@ class _Builder:
         self.depth = self._depths()
         self.groups = self._gather_groups()
         self.gathered: list[list[str]] = []
-        self.restrided = any(not is_contiguous(value) for value in graph.values)
+        # Of the new graph: what was moved and so is row-major where it was not, and what has other strides for that.
+        self.turned: set[fx.Node] = set()
 
     def run(self) -> fx.GraphModule:
         for node in self._order():
@@ -176,14 +177,14 @@ class _Builder:
                 self.emitter.bind(copy)
             return
         if node in self.known.all_reduces and node in self.graph.number:
-            self.env[node, "P", None] = self._partial_input(node)
+            self._hold(node, "P", None, self._partial_input(node))
             return
         if node in self.known.gathers:
-            self.env[node, "S", self._layout(node)] = self._gathered_rows(self.known.gathered(node))
+            self._hold(node, "S", self._layout(node), self._gathered_rows(self.known.gathered(node)))
             return
         if takes_rows(self.graph, node):
             source = rows_source(self.graph, node)
-            self.env[node, "R", None] = self.get(source, "S", self._layout(source))
+            self._hold(node, "R", None, self.get(source, "S", self._layout(source)))
             return
         if op_name(node.target) in ("aten::sym_size", "aten::sym_numel") and self._size_of_shard(node):
             return
@@ -243,8 +244,9 @@ class _Builder:
 
     def _restrided(self, copy: fx.Node) -> fx.Node:
         """What was moved is row-major and may not allow a view that its other strides did, nor what is made of it."""
-        if not self.restrided:
+        if self.turned.isdisjoint(copy.all_input_nodes):
             return copy
+        self.turned.add(copy)
         if copy.target is torch.ops.aten.view.default:
             copy.target = torch.ops.aten.reshape.default
         value = copy.meta.get("val")
@@ -280,8 +282,17 @@ class _Builder:
         if key in self.env:
             return self.env[key]
         made = self._emit(node, level) if self._is_view(node) else self._raise(node, level, layout)
-        self.env[key] = made
+        if self._is_view(node):
+            self.env[key] = made
+        else:
+            self._hold(node, level, layout, made)
         return made
+
+    def _hold(self, node: fx.Node, level: str, layout: TokenDim | None, made: fx.Node) -> None:
+        """``made`` stands for ``node`` at ``level`` and is no copy of it."""
+        self.env[node, level, layout] = made
+        if not is_contiguous(node) or not is_contiguous(made):
+            self.turned.add(made)
 
     def _raise(self, node: fx.Node, level: str, layout: TokenDim | None) -> fx.Node:
         own = self.label(node)
@@ -307,7 +318,7 @@ class _Builder:
         ]
         self.gathered.append([v.name for v in ready])
         for v, whole in zip(ready, self.emitter.gather(parts), strict=True):
-            self.env[v, "R", None] = whole
+            self._hold(v, "R", None, whole)
         return self.env[node, "R", None]
 
     def _is_there(self, value: fx.Node) -> bool:
