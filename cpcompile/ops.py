@@ -1,7 +1,8 @@
 """DeepSeek sparse attention (DSA) as two ops: which keys a query reads, and attention over those keys.
 
 They map one to one onto ``npu_lightning_indexer`` and ``npu_sparse_flash_attention`` (layout BSND, attention mode 2)
-and run elsewhere by the reference implementations here, in chunks of query rows: no scores of all rows at once.
+and run elsewhere by the reference implementations here, in chunks of query rows: no scores of all rows at once. On CUDA
+bf16 and fp16 operands run by the Triton kernels of cpcompile/kernels/, where Triton is installed.
 
 Both are row-wise in the queries, given whole keys: what a row may see is said per row by ``key_lengths`` and not by
 the row's number, so that any part of the rows gives those rows' results.
@@ -10,12 +11,14 @@ the row's number, so that any part of the rows gives those rows' results.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 # What one chunk's intermediate values may take; a single row may take more.
 SCRATCH_BYTES = 64 << 20
+HAS_TRITON = find_spec("triton") is not None
 
 
 @torch.library.custom_op("cpcompile::lightning_indexer", mutates_args=())
@@ -30,9 +33,9 @@ def lightning_indexer(query: Tensor, key: Tensor, weights: Tensor, key_lengths: 
         sparse_count: how many keys to choose.
 
     Returns:
-        ``[B, S, 1, sparse_count]`` int32 on the keys, best first. A row that sees fewer keys has all of them, then -1.
-        Which of several equal scores are chosen is left open, as it is for ``torch.topk``; it depends on nothing but
-        the row and the keys. Scores are in float32.
+        ``[B, S, 1, sparse_count]`` int32 on the keys, in any order. A row that sees fewer keys has all of them, then
+        -1. Which of several equal scores are chosen is left open, as it is for ``torch.topk``; it depends on nothing
+        but the row and the keys. Scores are in float32.
 
     Raises:
         ValueError: shapes or dtypes differ from these.
@@ -40,8 +43,22 @@ def lightning_indexer(query: Tensor, key: Tensor, weights: Tensor, key_lengths: 
     Source: DeepSeek-V3.2-Exp, "DeepSeek Sparse Attention", equation 1; ``npu_lightning_indexer`` with one row for each
     token (``actual_seq_lengths_key = key_lengths``).
     """
-    _check_queries(query, key, key_lengths)
-    expect_shape("weights", weights, query.shape[:3])
+    _check_indexer(query, key, weights, key_lengths)
+    return _choose_in_chunks(query, key, weights, key_lengths, sparse_count)
+
+
+@lightning_indexer.register_kernel("cuda")
+def _(query: Tensor, key: Tensor, weights: Tensor, key_lengths: Tensor, sparse_count: int) -> Tensor:
+    _check_indexer(query, key, weights, key_lengths)
+    if HAS_TRITON:
+        from cpcompile.kernels import lightning_indexer as kernel  # Triton is optional
+
+        if kernel.fits(query, key, sparse_count):
+            return kernel.lightning_indexer(query, key, weights, key_lengths, sparse_count)
+    return _choose_in_chunks(query, key, weights, key_lengths, sparse_count)
+
+
+def _choose_in_chunks(query: Tensor, key: Tensor, weights: Tensor, key_lengths: Tensor, sparse_count: int) -> Tensor:
     batch, rows, heads, _ = query.shape
     keys = key.shape[1]
     indices = query.new_full((batch, rows, 1, sparse_count), -1, dtype=torch.int32)
@@ -89,7 +106,7 @@ def sparse_attention(
 
     Returns:
         ``[B, S, H, L]`` in the query's dtype, to be multiplied with the heads' value up-projection; zeros for a row
-        without keys. Computed in float32.
+        without keys. Computed in float32; on CUDA, bf16 and fp16 are multiplied as they are and summed in float32.
 
     Raises:
         ValueError: shapes or dtypes differ from these.
@@ -97,10 +114,38 @@ def sparse_attention(
     Source: DeepSeek-V2, "Multi-head Latent Attention", with absorbed up-projections; ``npu_sparse_flash_attention``
     with ``attention_mode=2``, ``sparse_block_size=1`` and one row for each token.
     """
-    _check_queries(query, key, key_lengths)
-    expect_shape("sparse_indices", sparse_indices, (*query.shape[:2], 1, sparse_indices.shape[-1]))
-    expect_shape("query_rope", query_rope, (*query.shape[:3], query_rope.shape[-1]))
-    expect_shape("key_rope", key_rope, (*key.shape[:3], query_rope.shape[-1]))
+    _check_attention(query, key, sparse_indices, query_rope, key_rope, key_lengths)
+    return _attend_in_chunks(query, key, sparse_indices, query_rope, key_rope, key_lengths, scale)
+
+
+@sparse_attention.register_kernel("cuda")
+def _(
+    query: Tensor,
+    key: Tensor,
+    sparse_indices: Tensor,
+    query_rope: Tensor,
+    key_rope: Tensor,
+    key_lengths: Tensor,
+    scale: float,
+) -> Tensor:
+    _check_attention(query, key, sparse_indices, query_rope, key_rope, key_lengths)
+    if HAS_TRITON:
+        from cpcompile.kernels import sparse_attention as kernel  # Triton is optional
+
+        if kernel.fits(query, key, query_rope, key_rope):
+            return kernel.sparse_attention(query, key, sparse_indices, query_rope, key_rope, key_lengths, scale)
+    return _attend_in_chunks(query, key, sparse_indices, query_rope, key_rope, key_lengths, scale)
+
+
+def _attend_in_chunks(
+    query: Tensor,
+    key: Tensor,
+    sparse_indices: Tensor,
+    query_rope: Tensor,
+    key_rope: Tensor,
+    key_lengths: Tensor,
+    scale: float,
+) -> Tensor:
     batch, rows, heads, width = query.shape
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     requests = torch.arange(batch, device=key.device)[:, None, None]
@@ -137,6 +182,20 @@ def row_chunks(rows: slice, row_bytes: int) -> Iterator[slice]:
     step = max(1, SCRATCH_BYTES // max(1, row_bytes))
     for start in range(rows.start, rows.stop, step):
         yield slice(start, min(start + step, rows.stop))
+
+
+def _check_indexer(query: Tensor, key: Tensor, weights: Tensor, key_lengths: Tensor) -> None:
+    _check_queries(query, key, key_lengths)
+    expect_shape("weights", weights, query.shape[:3])
+
+
+def _check_attention(
+    query: Tensor, key: Tensor, sparse_indices: Tensor, query_rope: Tensor, key_rope: Tensor, key_lengths: Tensor
+) -> None:
+    _check_queries(query, key, key_lengths)
+    expect_shape("sparse_indices", sparse_indices, (*query.shape[:2], 1, sparse_indices.shape[-1]))
+    expect_shape("query_rope", query_rope, (*query.shape[:3], query_rope.shape[-1]))
+    expect_shape("key_rope", key_rope, (*key.shape[:3], query_rope.shape[-1]))
 
 
 def _check_queries(query: Tensor, key: Tensor, key_lengths: Tensor) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+os.environ["TRITON_INTERPRET"] = "1"  # there is no GPU; Triton reads it when it is imported, which torch may do
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # else `import torch` fails where torch_npu is and CANN is not
 
 from cpcompile.lowering.ascend.installation import keep_transformers_off

@@ -10,6 +10,7 @@ import torch
 import torch.fx as fx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparse_operands import attention_inputs, check_choice, dense_attention, indexer_inputs
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -17,65 +18,6 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from cpcompile import ops
 
 INDEXER, ATTENTION = torch.ops.cpcompile.lightning_indexer.default, torch.ops.cpcompile.sparse_attention.default
-HEADS, WIDTH, LATENT, ROPE = 3, 8, 10, 4
-
-
-def indexer_inputs(batch: int, rows: int, keys: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Any]:
-    """Small integers as queries, keys and weights: every sum is exact in float32, whatever its order."""
-    g = torch.Generator().manual_seed(seed)
-    query = torch.randint(-4, 5, (batch, rows, HEADS, WIDTH), generator=g).to(dtype)
-    key = torch.randint(-4, 5, (batch, keys, 1, WIDTH), generator=g).to(dtype)
-    weights = torch.randint(-4, 5, (batch, rows, HEADS), generator=g).to(dtype)
-    return [query, key, weights, lengths(batch, rows, keys, g)]
-
-
-def attention_inputs(
-    batch: int, rows: int, keys: int, count: int, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> list[Any]:
-    """Distinct keys for each row, in any order, -1 among them."""
-    g = torch.Generator().manual_seed(seed)
-    made = [torch.randn(*s, generator=g) for s in ((batch, rows, HEADS, LATENT), (batch, keys, 1, LATENT))]
-    ropes = [torch.randn(*s, generator=g) for s in ((batch, rows, HEADS, ROPE), (batch, keys, 1, ROPE))]
-    order = torch.rand(batch, rows, 1, max(keys, count), generator=g).argsort(-1)[..., :count]
-    order[(order >= keys) | (torch.rand(order.shape, generator=g) < 0.2)] = -1
-    query, key, query_rope, key_rope = (t.to(dtype) for t in (*made, *ropes))
-    return [query, key, order.int(), query_rope, key_rope, lengths(batch, rows, keys, g), 0.3]
-
-
-def lengths(batch: int, rows: int, keys: int, g: torch.Generator) -> Tensor:
-    return torch.randint(0, keys + 1, (batch, rows), generator=g, dtype=torch.int32)
-
-
-def dense_scores(query: Tensor, key: Tensor, weights: Tensor, key_lengths: Tensor) -> Tensor:
-    scores = torch.einsum("bshd,bkd->bshk", query.double(), key[:, :, 0].double()).relu()
-    total = torch.einsum("bsh,bshk->bsk", weights.double(), scores)
-    return total.masked_fill(torch.arange(key.shape[1]) >= key_lengths[..., None], -torch.inf)
-
-
-def check_choice(inputs: list[Any], count: int, found: Tensor) -> None:
-    """Visible keys only, each once, as many as there are, best first, and none better left out."""
-    scores, key_lengths = dense_scores(*inputs), inputs[3]
-    assert found.shape == (*scores.shape[:2], 1, count) and found.dtype == torch.int32
-    for b in range(scores.shape[0]):
-        for s in range(scores.shape[1]):
-            row, length = found[b, s, 0], int(key_lengths[b, s])
-            chosen = row[: min(count, length)].long()
-            assert (row[len(chosen) :] == -1).all()
-            assert ((chosen >= 0) & (chosen < length)).all() and len(set(chosen.tolist())) == len(chosen)
-            best = scores[b, s].topk(len(chosen)).values
-            torch.testing.assert_close(scores[b, s][chosen], best, rtol=0, atol=0)
-
-
-def dense_attention(inputs: list[Any]) -> Tensor:
-    query, key, indices, query_rope, key_rope, key_lengths, scale = inputs
-    keys = key.shape[1]
-    visible = torch.zeros(*query.shape[:2], keys + 1, dtype=torch.bool)
-    visible.scatter_(-1, indices[:, :, 0].long().masked_fill(indices[:, :, 0] < 0, keys), True)
-    visible = visible[..., :keys] & (torch.arange(keys) < key_lengths[..., None])
-    q, k = torch.cat([query, query_rope], -1).double(), torch.cat([key, key_rope], -1)[:, :, 0].double()
-    scores = torch.einsum("bshd,bkd->bshk", q, k) * scale
-    weights = scores.masked_fill(~visible[:, :, None], -torch.inf).softmax(-1).nan_to_num(0)
-    return torch.einsum("bshk,bkl->bshl", weights, key[:, :, 0].double())
 
 
 SIZES = [
