@@ -32,7 +32,7 @@ matrix: $(TEST)
 
 # Real vLLM on the CPU; its packages do not go together with the others'.
 test-vllm: $(VLLM)
-	$(VLLM_BIN)/python -m pytest -q tests/serving
+	$(VLLM_BIN)/python -m pytest -q -n 2 --dist loadfile tests/serving
 
 # All kinds of models through real vLLM, and below through real SGLang; `make test-vllm` and `make test-sglang` run one of them.
 matrix-vllm: $(VLLM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.fx as fx
 from cached_models import Cached, Packed, mark_prefix, positions_of
-from conftest import SharedRanks
+from conftest import SharedRanks, TurnTaking
 from cousins import config_of
 from simulate import fake_rank, in_threads, none_failed, real_inputs
 from torch import distributed as dist
@@ -219,22 +220,28 @@ def test_caches_that_may_differ_are_not_relied_on() -> None:
 
 @functools.cache
 def hybrid(kind: str, cp: int, tp: int) -> tuple[list[Trace], list[list[Axis]]]:
-    """Every rank's trace on a mesh ``[cp, tp]``, tensor-parallel over ``tp`` and alike over ``cp``."""
-    traces, axes = [], []
+    """Every rank's trace on a mesh ``[cp, tp]``, tensor-parallel over ``tp``: one for the ranks alike over ``cp``."""
+    traces: list[Trace] = []
+    axes = []
     for rank in range(cp * tp):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=cp * tp)
         mesh = init_device_mesh("cpu", (cp, tp), mesh_dim_names=("cp", "tp"))
-        trace = capture(models.shard(build(kind), mesh["tp"]), input_ids=ids_of(1, 10), use_cache=False)
         axes.append([Axis(name, f"{name} group", *_place(mesh, name)) for name in ("tp", "cp")])
+        trace = traces[rank - tp] if rank >= tp else _traced(kind, mesh)
         dist.destroy_process_group()
-        for node in trace.gm.graph.nodes:  # PyTorch's names are counted anew on each rank of one process
-            if is_collective(node):
-                node.args = tuple("tp group" if i and a == group_name_of(node) else a for i, a in enumerate(node.args))
-        # The mesh of a DTensor is gone with the rank: its local part is compared like any parameter.
-        values = [getattr(i.value, "_local_tensor", i.value) for i in trace.inputs]
-        trace.inputs = [dataclasses.replace(i, value=v) for i, v in zip(trace.inputs, values, strict=True)]
         traces.append(trace)
     return traces, axes
+
+
+def _traced(kind: str, mesh: DeviceMesh) -> Trace:
+    trace = capture(models.shard(build(kind), mesh["tp"]), input_ids=ids_of(1, 10), use_cache=False)
+    for node in trace.gm.graph.nodes:  # PyTorch's names are counted anew on each rank of one process
+        if is_collective(node):
+            node.args = tuple("tp group" if i and a == group_name_of(node) else a for i, a in enumerate(node.args))
+    # The mesh of a DTensor is gone with the rank: its local part is compared like any parameter.
+    values = [getattr(i.value, "_local_tensor", i.value) for i in trace.inputs]
+    trace.inputs = [dataclasses.replace(i, value=v) for i, v in zip(trace.inputs, values, strict=True)]
+    return trace
 
 
 def _place(mesh: DeviceMesh, name: str) -> tuple[int, int, tuple[int, ...]]:
@@ -262,12 +269,14 @@ def close_on_every_rank(
 @pytest.mark.parametrize(("kind", "layout"), [("v3", "contiguous"), ("v3", "zigzag"), ("v32", "contiguous")])
 def test_context_and_tensor_parallelism_together(kind: str, layout: str) -> None:
     traces, axes = hybrid(kind, 2, 2)
-    ring = {ranks: LocalExchange.ring(2) for ranks in {a.ranks for both in axes for a in both}}
+    ring, turn = {ranks: LocalExchange.ring(2) for ranks in {a.ranks for both in axes for a in both}}, threading.Lock()
 
     def work(rank: int) -> Compiled:
         gm = fx.GraphModule(traces[rank].gm, copy_graph(traces[rank].gm.graph))
         options = Options.parse({"strategy": "hybrid", "profile": "ascend-a3", "layout": layout})
-        return compile_graph(gm, traces[rank].inputs, options, lambda axis: ring[axis.ranks][axis.rank], axes[rank])
+        with turn:
+            exchanges = {a.ranks: TurnTaking(ring[a.ranks][a.rank], turn) for a in axes[rank]}
+            return compile_graph(gm, traces[rank].inputs, options, lambda axis: exchanges[axis.ranks], axes[rank])
 
     compiled = none_failed(in_threads(work, 4))
     first = compiled[0]

@@ -55,6 +55,7 @@ REWRITTEN = {
     "glm_moe_dsa": (5, 5),
     "longcat_flash": (0, 5),
     "llama": (4, 4),
+    "mixtral": (4, 4),
     "qwen3_moe": (0, 2),
 }
 FORMS = [(attention, dynamic) for attention in (None, "eager") for dynamic in (None, True)]
