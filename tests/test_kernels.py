@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from sparse_operands import attention_inputs, check_choice, dense_attention, indexer_inputs
 
 from cpcompile.kernels import lightning_indexer as indexer
 from cpcompile.kernels import sparse_attention as attention
 
+pytestmark = pytest.mark.skipif(
+    triton.__version__.startswith("3.6."), reason="Triton 3.6's interpreter takes no sizes from NumPy 2.4 and later"
+)
 # Rows that see no key, fewer keys than are chosen, and several tiles of keys, rows and heads.
 SIZES = [(1, 3, 4, 7), (2, 5, 11, 3), (1, 4, 0, 2), (1, 0, 4, 2), (2, 9, 40, 20), (1, 8, 300, 30), (1, 3, 200, 32)]
 
