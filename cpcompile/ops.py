@@ -48,13 +48,17 @@ def lightning_indexer(query: Tensor, key: Tensor, weights: Tensor, key_lengths: 
 
 
 @lightning_indexer.register_kernel("cuda")
-def _(query: Tensor, key: Tensor, weights: Tensor, key_lengths: Tensor, sparse_count: int) -> Tensor:
+def lightning_indexer_on_cuda(
+    query: Tensor, key: Tensor, weights: Tensor, key_lengths: Tensor, sparse_count: int
+) -> Tensor:
+    """By the Triton kernel, or by the reference what it does not take."""
     _check_indexer(query, key, weights, key_lengths)
     if HAS_TRITON:
         from cpcompile.kernels import lightning_indexer as kernel  # Triton is optional
 
         if kernel.fits(query, key, sparse_count):
-            return kernel.lightning_indexer(query, key, weights, key_lengths, sparse_count)
+            with torch.cuda.device_of(query):  # Triton starts kernels on the current device
+                return kernel.lightning_indexer(query, key, weights, key_lengths, sparse_count)
     return _choose_in_chunks(query, key, weights, key_lengths, sparse_count)
 
 
@@ -119,7 +123,7 @@ def sparse_attention(
 
 
 @sparse_attention.register_kernel("cuda")
-def _(
+def sparse_attention_on_cuda(
     query: Tensor,
     key: Tensor,
     sparse_indices: Tensor,
@@ -128,12 +132,14 @@ def _(
     key_lengths: Tensor,
     scale: float,
 ) -> Tensor:
+    """By the Triton kernel, or by the reference what it does not take."""
     _check_attention(query, key, sparse_indices, query_rope, key_rope, key_lengths)
     if HAS_TRITON:
         from cpcompile.kernels import sparse_attention as kernel  # Triton is optional
 
         if kernel.fits(query, key, query_rope, key_rope):
-            return kernel.sparse_attention(query, key, sparse_indices, query_rope, key_rope, key_lengths, scale)
+            with torch.cuda.device_of(query):  # Triton starts kernels on the current device
+                return kernel.sparse_attention(query, key, sparse_indices, query_rope, key_rope, key_lengths, scale)
     return _attend_in_chunks(query, key, sparse_indices, query_rope, key_rope, key_lengths, scale)
 
 

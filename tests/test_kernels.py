@@ -12,6 +12,7 @@ import torch
 import triton
 from sparse_operands import attention_inputs, check_choice, dense_attention, indexer_inputs
 
+from cpcompile import ops
 from cpcompile.kernels import lightning_indexer as indexer
 from cpcompile.kernels import sparse_attention as attention
 
@@ -92,3 +93,19 @@ def test_what_they_take(dtype: torch.dtype, width: int, fits: bool) -> None:
     query, key, _, query_rope, key_rope, *_ = attention_inputs(1, 2, 3, 2, dtype, widths=(width, 16))
     assert attention.fits(query, key, query_rope, key_rope) == fits
     assert not attention.fits(query, key.double(), query_rope, key_rope)
+
+
+@pytest.mark.parametrize(("dtype", "kernels"), [(torch.float16, True), (torch.float32, False)])
+def test_what_cuda_runs(dtype: torch.dtype, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels where they take the operands, the reference elsewhere and where there is no Triton."""
+    chosen = indexer_inputs(1, 4, 30, dtype, width=16)
+    attended = attention_inputs(1, 4, 30, 8, dtype, widths=(32, 16))
+    both = [ops.lightning_indexer_on_cuda(*chosen, 8), ops.sparse_attention_on_cuda(*attended)]
+    reference = [ops.lightning_indexer(*chosen, 8), ops.sparse_attention(*attended)]
+    assert [torch.equal(*pair) for pair in zip(both, reference, strict=True)] == [not kernels] * 2
+    if kernels:
+        ours = [indexer.lightning_indexer(*chosen, 8), attention.sparse_attention(*attended)]
+        assert all(torch.equal(*pair) for pair in zip(both, ours, strict=True))
+    monkeypatch.setattr(ops, "HAS_TRITON", False)
+    assert torch.equal(ops.lightning_indexer_on_cuda(*chosen, 8), reference[0])
+    assert torch.equal(ops.sparse_attention_on_cuda(*attended), reference[1])
