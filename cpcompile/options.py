@@ -71,7 +71,8 @@ class Options:
             inputs and weights, ``"off"`` does neither.
         require: fnmatch patterns of all-reduces or modules; each must match one that is rewritten, else an error.
             With it, a failed proof is an error too.
-        deterministic: keep every reduction order: all-reduces stay as they are, and sparse attention dense.
+        deterministic: keep every reduction order: all-reduces stay as they are, sparse attention dense, and causal
+            masks where attention kernels are given them.
         plan: a saved plan (or its path) to apply instead of making one.
         dump_dir: write graphs, plan and report of every compilation there.
         profile: hardware profile, by name or as a ``HardwareProfile``; empty chooses by device.

@@ -30,6 +30,7 @@ from cpcompile.module_groups import module_axes
 from cpcompile.options import Options
 from cpcompile.passes.all_reduce_sites import find_sites
 from cpcompile.passes.canonicalise import Canonicalise
+from cpcompile.passes.causal_attention import CausalAttention, find_masked
 from cpcompile.passes.collectives import find_all_reduces, group_name_of, is_collective
 from cpcompile.passes.dialects import is_of_a_server
 from cpcompile.passes.per_token_attention import PerTokenAttention
@@ -39,7 +40,7 @@ from cpcompile.passes.vllm_ops import VllmOps
 from cpcompile.plan import Plan
 from cpcompile.rank_lists import clashing, with_rank_lists
 from cpcompile.report import Report
-from cpcompile.runner import Attempt
+from cpcompile.runner import Attempt, Runner
 from cpcompile.runner import copy_graph as copy_graph
 from cpcompile.share_weights import ShareWeights
 
@@ -109,7 +110,19 @@ def _compile_graph(
     if any(map(is_of_a_server, as_it_came.graph.nodes)):
         # Where nothing is placed, in small steps, a server's own all-reduce may be far faster than PyTorch's.
         result.variants = [replace(v, gm=as_it_came) if v.gm is gm else v for v in result.variants]
+    if not options.deterministic:
+        result.variants = [_without_causal_masks(v, result.runner) for v in result.variants]
     return result
+
+
+def _without_causal_masks(variant: Variant, runner: Runner) -> Variant:
+    """Whole attention needs no mask, which rows of it did: what was placed by rows keeps its own."""
+    if not find_masked(variant.gm):
+        return variant
+    gm = fx.GraphModule(variant.gm, copy_graph(variant.gm.graph))
+    gm.meta.update(variant.gm.meta)
+    runner.change("causal-attention", CausalAttention(), gm)
+    return replace(variant, gm=gm) if runner.runs[-1].rewrites else variant
 
 
 def _recognise_sparse_attention(gm: fx.GraphModule, result: Compiled) -> None:

@@ -22,6 +22,7 @@ PASSES: Mapping[str, str] = {
     "explicit-causal-masks": "cpcompile.passes.explicit_causal_masks:ExplicitCausalMasks",
     "shard-tokens": "cpcompile.passes.shard_tokens:ShardTokens",
     "verify-static": "cpcompile.passes.verify_rewrite:VerifyRewrite",
+    "causal-attention": "cpcompile.passes.causal_attention:CausalAttention",
     # For targets on Ascend, in the order in which these run them:
     "inline-composites": "cpcompile.passes.inline_composites:InlineComposites",
     "paged-keys": "cpcompile.passes.paged_keys:PagedKeys",

@@ -13,10 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx as fx
 from torch import Tensor, nn
+
+from cpcompile.passes.collectives import arguments
+from cpcompile.runner import copy_graph
 
 aten = torch.ops.aten
 HIDDEN = {"cudnn": -65504.0, "efficient": float("-inf")}
+OPS = {f"_scaled_dot_product_{kernel}_attention": kernel for kernel in HIDDEN}
 
 
 @contextmanager
@@ -52,7 +57,33 @@ def on_cuda(kernel: str) -> Iterator[None]:
         yield
 
 
-def kernels_in(gm: Any) -> set[str]:
+def as_on_cpu(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy that runs on a processor: CUDA's kernels, of which one result is read, as products and a softmax."""
+    copy, attention = fx.GraphModule(gm, copy_graph(gm.graph)), aten.scaled_dot_product_attention.default
+    for node in [n for n in copy.graph.nodes if kernels_in_node(n)]:
+        named = arguments(node)
+        given = [named[n] for n in ("query", "key", "value", "attn_bias", "dropout_p", "is_causal")]
+        with copy.graph.inserting_before(node):
+            new = copy.graph.call_function(attention, tuple(given), {"scale": named["scale"]})
+        (first,) = node.users
+        first.replace_all_uses_with(new)
+        copy.graph.erase_node(first)
+        copy.graph.erase_node(node)
+    for node in copy.graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default  # the memory-efficient kernel's results have other strides
+    copy.recompile()
+    return copy
+
+
+def calls_in(gm: fx.GraphModule) -> list[dict[str, Any]]:
+    """Arguments of each call of the kernels."""
+    return [arguments(n) for n in gm.graph.nodes if kernels_in_node(n)]
+
+
+def kernels_in_node(node: fx.Node) -> set[str]:
+    return {OPS[name]} if (name := getattr(node.target, "_opname", "")) in OPS else set()
+
+
+def kernels_in(gm: fx.GraphModule) -> set[str]:
     """Which of the kernels a graph calls."""
-    ops = {f"_scaled_dot_product_{kernel}_attention": kernel for kernel in HIDDEN}
-    return {ops[n.target._opname] for n in gm.graph.nodes if getattr(n.target, "_opname", "") in ops}
+    return set().union(*map(kernels_in_node, gm.graph.nodes))

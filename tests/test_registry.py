@@ -64,8 +64,8 @@ def test_nothing_is_imported_before_it_is_named(monkeypatch):
         ("shard-token", r"unknown pass 'shard-token' \(did you mean 'shard-tokens'\?\)"),
         (
             "qqq",
-            r"unknown pass 'qqq' \(known: canonicalise, explicit-causal-masks, ge-forms, inline-composites, "
-            r"npu-attention, npu-gating, npu-key-cache, npu-mc2, npu-mla-prolog, npu-moe-dispatch, "
+            r"unknown pass 'qqq' \(known: canonicalise, causal-attention, explicit-causal-masks, ge-forms, "
+            r"inline-composites, npu-attention, npu-gating, npu-key-cache, npu-mc2, npu-mla-prolog, npu-moe-dispatch, "
             r"npu-norms, npu-quant, npu-rope, "
             r"npu-routed-experts, npu-swiglu, npu-uneven, paged-keys, per-token-attention, "
             r"recognise-routed-experts, recognise-sparse-attention, shard-tokens, verify-static, vllm-ops\)",
