@@ -291,7 +291,10 @@ class _Builder:
     def _hold(self, node: fx.Node, level: str, layout: TokenDim | None, made: fx.Node) -> None:
         """``made`` stands for ``node`` at ``level`` and is no copy of it."""
         self.env[node, level, layout] = made
-        if not is_contiguous(node) or not is_contiguous(made):
+        both = (
+            n for n in (node, made) if isinstance(n.meta.get("val"), torch.Tensor)
+        )  # own rows may be one of several
+        if not all(map(is_contiguous, both)):
             self.turned.add(made)
 
     def _raise(self, node: fx.Node, level: str, layout: TokenDim | None) -> fx.Node:
