@@ -281,20 +281,17 @@ class _Builder:
         key = (node, level, layout)
         if key in self.env:
             return self.env[key]
-        made = self._emit(node, level) if self._is_view(node) else self._raise(node, level, layout)
         if self._is_view(node):
-            self.env[key] = made
+            self.env[key] = self._emit(node, level)
         else:
-            self._hold(node, level, layout, made)
-        return made
+            self._hold(node, level, layout, self._raise(node, level, layout))
+        return self.env[key]
 
     def _hold(self, node: fx.Node, level: str, layout: TokenDim | None, made: fx.Node) -> None:
         """``made`` stands for ``node`` at ``level`` and is no copy of it."""
         self.env[node, level, layout] = made
-        both = (
-            n for n in (node, made) if isinstance(n.meta.get("val"), torch.Tensor)
-        )  # own rows may be one of several
-        if not all(map(is_contiguous, both)):
+        # Own rows may be one of several results: of those that node is not asked.
+        if not all(is_contiguous(n) for n in (node, made) if isinstance(n.meta.get("val"), torch.Tensor)):
             self.turned.add(made)
 
     def _raise(self, node: fx.Node, level: str, layout: TokenDim | None) -> fx.Node:
