@@ -2,7 +2,7 @@
 
 DeepSeek-V3.2's widths. First each kernel against the CPU's reference, on random bfloat16 and float16; then times of
 whole causal prompts, as TFLOP/s of the work that the mask leaves and as a share of the rate of a matrix product in the
-same run, beside the reference in chunks on the same GPU. Fails where a kernel is wrong.
+same run. Fails where a kernel is wrong.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def time_indexer(tokens: int, rate: float) -> dict[str, Any]:
     """All rows of a prompt; rows of its last part for the longest would tell the same."""
     operands = indexer_operands(tokens, tokens, torch.bfloat16)
     work = 2 * INDEX_HEADS * INDEX_WIDTH * float(operands[3].double().sum())
-    return row(f"lightning_indexer {tokens}", lambda: ops.lightning_indexer(*operands, COUNT), work, rate)
+    return timed(f"lightning_indexer {tokens}", lambda: ops.lightning_indexer(*operands, COUNT), work, rate)
 
 
 def time_attention(tokens: int, heads: int, rate: float) -> dict[str, Any]:
@@ -98,10 +98,10 @@ def time_attention(tokens: int, heads: int, rate: float) -> dict[str, Any]:
     operands = attention_operands(rows, tokens, heads, torch.bfloat16)
     work = 2 * heads * (2 * LATENT + ROPE) * float(operands[5].clamp(max=COUNT).double().sum())
     what = f"sparse_attention {tokens} keys, {rows} rows, {heads} heads"
-    return row(what, lambda: ops.sparse_attention(*operands, SCALE), work, rate)
+    return timed(what, lambda: ops.sparse_attention(*operands, SCALE), work, rate)
 
 
-def row(what: str, run: Callable[[], Tensor], work: float, rate: float) -> dict[str, Any]:
+def timed(what: str, run: Callable[[], Tensor], work: float, rate: float) -> dict[str, Any]:
     """Time, rate, share and the memory that it took beside its operands and result."""
     result = run()
     before = torch.cuda.memory_allocated()

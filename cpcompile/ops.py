@@ -43,26 +43,14 @@ def lightning_indexer(query: Tensor, key: Tensor, weights: Tensor, key_lengths: 
     Source: DeepSeek-V3.2-Exp, "DeepSeek Sparse Attention", equation 1; ``npu_lightning_indexer`` with one row for each
     token (``actual_seq_lengths_key = key_lengths``).
     """
-    _check_indexer(query, key, weights, key_lengths)
-    return _choose_in_chunks(query, key, weights, key_lengths, sparse_count)
-
-
-@lightning_indexer.register_kernel("cuda")
-def lightning_indexer_on_cuda(
-    query: Tensor, key: Tensor, weights: Tensor, key_lengths: Tensor, sparse_count: int
-) -> Tensor:
-    """By the Triton kernel, or by the reference what it does not take."""
-    _check_indexer(query, key, weights, key_lengths)
-    if HAS_TRITON:
+    _check_queries(query, key, key_lengths)
+    expect_shape("weights", weights, query.shape[:3])
+    if by_triton(query.device):
         from cpcompile.kernels import lightning_indexer as kernel  # Triton is optional
 
         if kernel.fits(query, key, sparse_count):
             with torch.cuda.device_of(query):  # Triton starts kernels on the current device
                 return kernel.lightning_indexer(query, key, weights, key_lengths, sparse_count)
-    return _choose_in_chunks(query, key, weights, key_lengths, sparse_count)
-
-
-def _choose_in_chunks(query: Tensor, key: Tensor, weights: Tensor, key_lengths: Tensor, sparse_count: int) -> Tensor:
     batch, rows, heads, _ = query.shape
     keys = key.shape[1]
     indices = query.new_full((batch, rows, 1, sparse_count), -1, dtype=torch.int32)
@@ -118,40 +106,16 @@ def sparse_attention(
     Source: DeepSeek-V2, "Multi-head Latent Attention", with absorbed up-projections; ``npu_sparse_flash_attention``
     with ``attention_mode=2``, ``sparse_block_size=1`` and one row for each token.
     """
-    _check_attention(query, key, sparse_indices, query_rope, key_rope, key_lengths)
-    return _attend_in_chunks(query, key, sparse_indices, query_rope, key_rope, key_lengths, scale)
-
-
-@sparse_attention.register_kernel("cuda")
-def sparse_attention_on_cuda(
-    query: Tensor,
-    key: Tensor,
-    sparse_indices: Tensor,
-    query_rope: Tensor,
-    key_rope: Tensor,
-    key_lengths: Tensor,
-    scale: float,
-) -> Tensor:
-    """By the Triton kernel, or by the reference what it does not take."""
-    _check_attention(query, key, sparse_indices, query_rope, key_rope, key_lengths)
-    if HAS_TRITON:
+    _check_queries(query, key, key_lengths)
+    expect_shape("sparse_indices", sparse_indices, (*query.shape[:2], 1, sparse_indices.shape[-1]))
+    expect_shape("query_rope", query_rope, (*query.shape[:3], query_rope.shape[-1]))
+    expect_shape("key_rope", key_rope, (*key.shape[:3], query_rope.shape[-1]))
+    if by_triton(query.device):
         from cpcompile.kernels import sparse_attention as kernel  # Triton is optional
 
         if kernel.fits(query, key, query_rope, key_rope):
             with torch.cuda.device_of(query):  # Triton starts kernels on the current device
                 return kernel.sparse_attention(query, key, sparse_indices, query_rope, key_rope, key_lengths, scale)
-    return _attend_in_chunks(query, key, sparse_indices, query_rope, key_rope, key_lengths, scale)
-
-
-def _attend_in_chunks(
-    query: Tensor,
-    key: Tensor,
-    sparse_indices: Tensor,
-    query_rope: Tensor,
-    key_rope: Tensor,
-    key_lengths: Tensor,
-    scale: float,
-) -> Tensor:
     batch, rows, heads, width = query.shape
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     requests = torch.arange(batch, device=key.device)[:, None, None]
@@ -183,25 +147,16 @@ def _(
     return query.new_empty(query.shape)
 
 
+def by_triton(device: torch.device) -> bool:
+    """Whether operands on ``device`` go to the Triton kernels, where these take them."""
+    return device.type == "cuda" and HAS_TRITON
+
+
 def row_chunks(rows: slice, row_bytes: int) -> Iterator[slice]:
     """Parts of ``rows`` whose intermediate values fit the scratch memory."""
     step = max(1, SCRATCH_BYTES // max(1, row_bytes))
     for start in range(rows.start, rows.stop, step):
         yield slice(start, min(start + step, rows.stop))
-
-
-def _check_indexer(query: Tensor, key: Tensor, weights: Tensor, key_lengths: Tensor) -> None:
-    _check_queries(query, key, key_lengths)
-    expect_shape("weights", weights, query.shape[:3])
-
-
-def _check_attention(
-    query: Tensor, key: Tensor, sparse_indices: Tensor, query_rope: Tensor, key_rope: Tensor, key_lengths: Tensor
-) -> None:
-    _check_queries(query, key, key_lengths)
-    expect_shape("sparse_indices", sparse_indices, (*query.shape[:2], 1, sparse_indices.shape[-1]))
-    expect_shape("query_rope", query_rope, (*query.shape[:3], query_rope.shape[-1]))
-    expect_shape("key_rope", key_rope, (*key.shape[:3], query_rope.shape[-1]))
 
 
 def _check_queries(query: Tensor, key: Tensor, key_lengths: Tensor) -> None:

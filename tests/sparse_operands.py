@@ -56,7 +56,7 @@ def dense_scores(query: Tensor, key: Tensor, weights: Tensor, key_lengths: Tenso
     return total.masked_fill(torch.arange(key.shape[1]) >= key_lengths[..., None], -torch.inf)
 
 
-def check_choice(inputs: list[Any], count: int, found: Tensor) -> None:
+def check_choice(inputs: list[Any], count: int, found: Tensor, best_first: bool = True) -> None:
     """Visible keys only, each once, as many as there are, then -1, and none better left out."""
     scores, key_lengths = dense_scores(*inputs), inputs[3]
     assert found.shape == (*scores.shape[:2], 1, count) and found.dtype == torch.int32
@@ -67,8 +67,9 @@ def check_choice(inputs: list[Any], count: int, found: Tensor) -> None:
             assert (row[len(chosen) :] == -1).all()
             assert ((chosen >= 0) & (chosen < length)).all() and len(set(chosen.tolist())) == len(chosen)
             best = scores[b, s].topk(len(chosen)).values
-            found_best = scores[b, s][chosen].sort(descending=True).values
-            torch.testing.assert_close(found_best, best, rtol=0, atol=0)
+            taken = scores[b, s][chosen]
+            taken = taken if best_first else taken.sort(descending=True).values
+            torch.testing.assert_close(taken, best, rtol=0, atol=0)
 
 
 def dense_attention(inputs: list[Any]) -> Tensor:
